@@ -1,0 +1,1 @@
+"""Data preparation: every corpus becomes folders of shar shards as IPAPack++ has them."""

@@ -1,0 +1,201 @@
+"""Write shar shards as IPAPack++ has them: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar.
+
+The same recordings give the same bytes: time stamps in the gzip and tar headers are zero. FLAC is encoded by
+libsndfile, so no torchaudio is needed; lhotse's `CutSet.from_shar` reads the result.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+SAMPLING_RATE = 16_000
+CUTS_PER_SHARD = 20_000
+"""The published shards hold at most this many cuts."""
+
+INT16_SCALE = 32_768
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One utterance to be written."""
+
+    id: str
+    audio: np.ndarray
+    """float32 mono samples in [-1, 1), shape (num_samples,), at 16 kHz"""
+    text: str
+    language: str = ""
+    speaker: str = ""
+    alignment: tuple[tuple[str, float, float], ...] = ()
+    """(phone, start in seconds, duration in seconds), in the order of time"""
+    custom: Mapping[str, Any] = field(default_factory=dict)
+    """anything JSON can hold; kept as the supervision's custom fields"""
+
+
+@dataclass
+class ShardStats:
+    """What one call of write_shard made."""
+
+    number: int
+    cuts: int = 0
+    seconds: float = 0.0
+    clipped: int = 0
+    """recordings with samples outside [-1, 1), which were cut off at full scale"""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """(id, reason) of each recording that could not be written"""
+
+
+def cuts_name(number: int) -> str:
+    return f"cuts.{number:06d}.jsonl.gz"
+
+
+def recording_name(number: int) -> str:
+    return f"recording.{number:06d}.tar"
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove the shards of an earlier run, so that none stays beside fewer new ones."""
+    digits = "[0-9]" * 6
+    for pattern in (f"cuts.{digits}.jsonl.gz", f"recording.{digits}.tar"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def write_shard(recordings: Iterable[Recording], folder: Path, number: int) -> ShardStats:
+    """Write one shard of `folder`, replacing an older one of the same number.
+
+    Both files are written under temporary names and renamed when complete, the cuts last: a shard whose cuts file
+    exists is whole. A recording without samples, or with NaN or infinity in them, is skipped and named in the result.
+
+    Raises ValueError for an id that is used twice or that cannot be a file name, and for audio of another shape.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cuts_path, tar_path = folder / cuts_name(number), folder / recording_name(number)
+    # Not `cuts.*.part`: readers that glob "cuts*" must not see half a file.
+    cuts_part, tar_part = folder / f".part-{cuts_path.name}", folder / f".part-{tar_path.name}"
+    stats = ShardStats(number)
+    seen: set[str] = set()
+    try:
+        with (
+            tarfile.open(tar_part, "w", format=tarfile.PAX_FORMAT) as tar,
+            cuts_part.open("wb") as raw,
+            gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as cuts,
+        ):
+            for recording in recordings:
+                _check(recording, seen)
+                reason = _unusable(recording.audio)
+                if reason:
+                    stats.skipped.append((recording.id, reason))
+                    continue
+                manifest = _recording_manifest(recording)
+                flac, clipped = _encode_flac(recording.audio)
+                _add_member(tar, f"{recording.id}.flac", flac)
+                _add_member(tar, f"{recording.id}.json", _json_line(manifest))
+                cuts.write(_json_line(_cut_manifest(recording, manifest)) + b"\n")
+                stats.cuts += 1
+                stats.seconds += manifest["duration"]
+                stats.clipped += clipped
+        cuts_path.unlink(missing_ok=True)
+        tar_part.replace(tar_path)
+        cuts_part.replace(cuts_path)
+    finally:
+        tar_part.unlink(missing_ok=True)
+        cuts_part.unlink(missing_ok=True)
+    return stats
+
+
+def _check(recording: Recording, seen: set[str]) -> None:
+    if not recording.id or "/" in recording.id or "\0" in recording.id or recording.id in (".", ".."):
+        raise ValueError(
+            f"recording id {recording.id!r} cannot be a member name of a tar: use letters, digits, - and _"
+        )
+    if recording.id in seen:
+        raise ValueError(f"recording id {recording.id!r} is used twice in one shard: ids must be unique")
+    seen.add(recording.id)
+    if recording.audio.ndim != 1:
+        raise ValueError(
+            f"recording {recording.id!r}: audio has shape {recording.audio.shape}, expected (num_samples,)"
+        )
+
+
+def _unusable(audio: np.ndarray) -> str:
+    if audio.size == 0:
+        return "no samples"
+    if not np.isfinite(audio).all():
+        return "NaN or infinity in the audio"
+    return ""
+
+
+def _encode_flac(audio: np.ndarray) -> tuple[bytes, bool]:
+    """Encode (num_samples,) float audio as 16-bit FLAC; also tell whether it went beyond full scale."""
+    scaled = np.rint(audio.astype(np.float64) * INT16_SCALE)
+    # One step of rounding at the very top is no clipping that anyone hears.
+    clipped = bool(scaled.max() > INT16_SCALE or scaled.min() < -INT16_SCALE)
+    buffer = io.BytesIO()
+    samples = scaled.clip(-INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
+    soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue(), clipped
+
+
+def _recording_manifest(recording: Recording) -> dict[str, Any]:
+    num_samples = int(recording.audio.shape[0])
+    return {
+        "id": recording.id,
+        "sources": [{"type": "shar", "channels": [0], "source": ""}],
+        "sampling_rate": SAMPLING_RATE,
+        "num_samples": num_samples,
+        "duration": num_samples / SAMPLING_RATE,
+        "channel_ids": [0],
+    }
+
+
+def _cut_manifest(recording: Recording, manifest: dict[str, Any]) -> dict[str, Any]:
+    supervision: dict[str, Any] = {
+        "id": recording.id,
+        "recording_id": recording.id,
+        "start": 0.0,
+        "duration": manifest["duration"],
+        "channel": 0,
+        "text": recording.text,
+    }
+    if recording.language:
+        supervision["language"] = recording.language
+    if recording.speaker:
+        supervision["speaker"] = recording.speaker
+    if recording.custom:
+        supervision["custom"] = dict(recording.custom)
+    if recording.alignment:
+        # lhotse's AlignmentItem: symbol, start, duration, score.
+        supervision["alignment"] = {
+            "phone": [
+                [phone, round(start, 6), round(duration, 6), None] for phone, start, duration in recording.alignment
+            ]
+        }
+    return {
+        "id": recording.id,
+        "start": 0.0,
+        "duration": manifest["duration"],
+        "channel": 0,
+        "supervisions": [supervision],
+        "recording": manifest,
+        "type": "MonoCut",
+    }
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,1 @@
+"""Checkers of reference fixtures, one module for each area of the package."""

@@ -1,0 +1,103 @@
+"""Swoosh activations, BiasNorm and time-shared dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l, swoosh_r
+from zipformer_crctc.schedule import Schedule
+
+Function = Callable[[Tensor], Tensor]
+
+
+def test_known_values() -> None:
+    x = torch.tensor([-10.0, 0.0, 4.0, 10.0])
+    assert swoosh_l(x).tolist() == pytest.approx([0.765001, -0.016850, 0.338147, 5.167476], abs=2e-6)
+    assert swoosh_r(x).tolist() == pytest.approx([0.486755, 0.0, 2.415326, 7.886861], abs=2e-6)
+    assert torch.equal(SwooshR()(x), swoosh_r(x))
+
+
+@pytest.mark.parametrize(("function", "shift", "offset"), [(swoosh_l, 4.0, 0.035), (swoosh_r, 1.0, 0.313261687)])
+def test_swoosh_is_its_formula(function: Function, shift: float, offset: float) -> None:
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
+    y = function(x)
+    assert torch.allclose(y, (1 + (x - shift).exp()).log() - 0.08 * x - offset, rtol=0, atol=1e-12)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(slope, torch.sigmoid(x - shift) - 0.08, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(function, (torch.linspace(-9, 9, 19).double().requires_grad_(),))
+
+
+@pytest.mark.parametrize("function", [swoosh_l, swoosh_r])
+def test_swoosh_does_not_overflow(function: Function) -> None:
+    x = torch.tensor([-1e4, -200.0, 200.0, 1e4], requires_grad=True)
+    y = function(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.isfinite(y).all()
+    assert slope.tolist() == pytest.approx([-0.08, -0.08, 0.92, 0.92], abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [swoosh_l, swoosh_r])
+def test_half_precision_is_computed_in_float32(function: Function) -> None:
+    """An 8-bit mantissa would lose what exp and log are given; the one rounding left is that of the result."""
+    x = torch.linspace(-8, 8, 65).bfloat16().requires_grad_()
+    y = function(x)
+    want = function(x.detach().float()).bfloat16()
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert y.dtype == slope.dtype == torch.bfloat16
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1, 0])
+def test_bias_norm_is_its_formula(channel_dim: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 5, 5, dtype=torch.float64, requires_grad=True)
+    norm = BiasNorm(5, channel_dim).double().eval()
+    with torch.no_grad():
+        norm.bias.copy_(torch.randn(5))
+        norm.log_scale.fill_(0.3)
+    shape = [1, 1, 1]
+    shape[channel_dim] = 5
+    rms = (x - norm.bias.view(shape)).square().mean(channel_dim, keepdim=True).sqrt()
+    want = x * norm.log_scale.exp() / rms  # the bias is not subtracted from the numerator
+    assert torch.allclose(norm(x), want, rtol=0, atol=1e-12)
+    inputs = (x, norm.log_scale, norm.bias)
+    cotangent = torch.randn_like(want)
+    got_grads = torch.autograd.grad(norm(x), inputs, cotangent)
+    want_grads = torch.autograd.grad(want, inputs, cotangent)
+    for got, wanted in zip(got_grads, want_grads, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_bias_norm_begins_with_the_published_values() -> None:
+    torch.manual_seed(0)
+    norm = BiasNorm(4000)
+    assert norm.log_scale.shape == ()
+    assert norm.log_scale.item() == 1.0
+    assert norm.bias.std().item() == pytest.approx(1e-4, rel=0.05)
+
+
+@pytest.mark.parametrize("shared_dim", [0, 1])
+def test_dropout_is_shared_along_its_axis(shared_dim: int) -> None:
+    torch.manual_seed(0)
+    y = SharedDropout(0.25, shared_dim).train()(torch.ones(6, 6, 50))
+    first = y.select(shared_dim, 0)
+    assert all(torch.equal(y.select(shared_dim, t), first) for t in range(6))
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    # each utterance draws for itself
+    assert not torch.equal(y.select(1 - shared_dim, 0), y.select(1 - shared_dim, 1))
+
+
+def test_dropout_is_for_training() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 5)
+    dropout = SharedDropout(Schedule((0, 0.5), (10, 0.0)), 0)
+    dropout.batch_count = 0.0
+    assert not torch.equal(dropout.train()(x), x)
+    assert torch.equal(dropout.eval()(x), x)
+    dropout.batch_count = 10.0
+    assert torch.equal(dropout.train()(x), x)
+    assert torch.equal(SharedDropout(0.5, 0).eval()(x), x)  # a plain number too

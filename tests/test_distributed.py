@@ -1,0 +1,66 @@
+"""Gradients of two gloo processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from small_models import SMALL_MODEL, random_batch
+from zipformer_crctc.config import Config, DataConfig, TrainConfig
+from zipformer_crctc.distributed import choose_device, launch, process_group
+from zipformer_crctc.loader import Batch
+from zipformer_crctc.model import build_model
+from zipformer_crctc.objective import Objective, TargetEncoder
+from zipformer_crctc.tokenizer import PhoneTokenizer
+
+TEXTS = ("abc", "deaf", "kid", "lomba")
+FRAMES = (120, 120, 120, 120)
+
+
+def gradients(batch: Batch, distributed: bool) -> dict[str, Tensor]:
+    """Gradients of the plain CTC loss of a fixed model: evaluation mode, so neither dropout nor regularisers act."""
+    tokenizer = PhoneTokenizer.from_table()
+    torch.manual_seed(1)
+    model = build_model(SMALL_MODEL.with_values({"use_cr_ctc": False}), tokenizer.vocab_size).eval()
+    config = Config(SMALL_MODEL.with_values({"use_cr_ctc": False}), DataConfig(), TrainConfig())
+    objective = Objective(config, TargetEncoder(tokenizer))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if distributed else model
+    objective.train_loss(wrapped, batch, torch.autocast("cpu", enabled=False)).total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    with process_group(rank, world_size, "cpu", 1) as process:
+        rows = slice(2 * rank, 2 * rank + 2)
+        whole = random_batch(FRAMES, TEXTS)
+        part = Batch(whole.features[rows], whole.num_frames[rows], whole.utterances[rows])
+        torch.save(gradients(part, distributed=True), Path(folder) / f"{process.rank}.pt")
+
+
+def test_averaged_gradients_are_those_of_the_joint_batch(tmp_path: Path) -> None:
+    joint = gradients(random_batch(FRAMES, TEXTS), distributed=False)
+    launch(worker, 2, 29875, str(tmp_path))
+    for rank in range(2):
+        averaged = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert set(averaged) >= set(joint)
+        largest = max(float(g.abs().max()) for g in joint.values())
+        for name, gradient in joint.items():
+            torch.testing.assert_close(averaged[name], gradient / 2, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--world-size"):
+        choose_device("auto", local_rank=1)
+    assert choose_device("cpu", local_rank=1) == torch.device("cpu")
+
+
+def test_torchrun_and_world_size_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="torchrun"):
+        launch(worker, 2, 29876, "nowhere")

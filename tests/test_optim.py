@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from golden_checks.training import CHECKERS
+from zipformer_crctc.optim import EARLY_THRESHOLD_STEPS, Eden, ScaledAdam
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def u(k: int, r: int) -> float:
+    """Pseudo-random number in [-1, 1] that is the same everywhere."""
+    return ((7919 * k * k + 104729 * k + 1299709 * r + 12345) % 65537) / 32768 - 1
+
+
+def u_tensor(r: int, *shape: int) -> Tensor:
+    return torch.tensor([u(k, r) for k in range(math.prod(shape))], dtype=torch.float64).reshape(shape).float()
+
+
+def small_model(seed: int = 0) -> dict[str, nn.Parameter]:
+    torch.manual_seed(seed)
+    shapes = {"a.weight": (3, 4), "scale": (), "b.weight": (3, 4), "bias": (5,), "gain": (1,), "b.scale": ()}
+    return {name: nn.Parameter(0.5 * torch.randn(shape)) for name, shape in shapes.items()}
+
+
+def set_grads(params: dict[str, nn.Parameter], step: int, size: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params.values():
+        p.grad = size * torch.randn(p.shape, generator=generator)
+
+
+def make(params: dict[str, nn.Parameter], lr: float = 0.05, clipping_scale: float | None = 2.0) -> ScaledAdam:
+    return ScaledAdam([{"named_params": list(params.items())}], lr=lr, clipping_scale=clipping_scale)
+
+
+def run(params: dict[str, nn.Parameter], optimizer: ScaledAdam, steps: range) -> None:
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def same(a: dict[str, nn.Parameter], b: dict[str, nn.Parameter]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_known_trajectory() -> None:
+    """Values from an independent run of the published optimizer, clipping included (the spike at step 15)."""
+    a, s = nn.Parameter(0.5 * u_tensor(1, 3, 4)), nn.Parameter(torch.tensor(0.3))
+    optimizer = ScaledAdam([{"named_params": [("A", a), ("s", s)]}], lr=0.05, clipping_scale=2.0)
+    want = {
+        1: (-0.4782229, -0.2827940, 0.2995000),
+        4: (-0.4647072, -0.2728803, 0.3024422),
+        8: (-0.4527080, -0.2651269, 0.3051551),
+        16: (-0.4201553, -0.2355115, 0.3162881),
+        24: (-0.4163477, -0.1944399, 0.3284897),
+    }
+    for step in range(24):
+        size = 10.0 if step == 15 else 1.0
+        a.grad, s.grad = size * u_tensor(100 + step, 3, 4), torch.tensor(0.1 * size * u(0, 200 + step))
+        optimizer.step()
+        if step + 1 in want:
+            got = (a[0, 0].item(), a[2, 3].item(), s.item())
+            assert got == pytest.approx(want[step + 1], abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "eden", "groups", "inf", "noclip"])
+def test_golden(name: str) -> None:
+    path = GOLDEN / f"50_scaled_adam_{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no reference fixtures at {GOLDEN}")
+    failed = [result for result in CHECKERS["50"](path) if not result.ok]
+    assert not failed
+
+
+def test_forms_of_parameters_are_equal() -> None:
+    forms = []
+    for form in (
+        lambda p: [{"named_params": list(p.items())}],
+        lambda p: [{"params": list(p.values())}],
+        lambda p: list(p.values()),
+        lambda p: list(p.items()),
+    ):
+        params = small_model()
+        run(params, ScaledAdam(form(params), lr=0.05, clipping_scale=2.0), range(6))
+        forms.append(params)
+    assert all(same(forms[0], other) for other in forms[1:])
+    assert not same(forms[0], small_model())
+
+
+def test_no_parameters() -> None:
+    with pytest.raises(ValueError, match="no parameters"):
+        ScaledAdam([])
+
+
+def test_both_names_of_parameters() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="both named_params and params"):
+        ScaledAdam([{"named_params": [("p", p)], "params": [p]}])
+
+
+def test_state_layout() -> None:
+    params = small_model()
+    optimizer = make(params)
+    run(params, optimizer, range(12))
+    names = list(params)
+    state = {names[index]: value for index, value in optimizer.state_dict()["state"].items()}
+    assert set(state) == {"a.weight", "scale", "bias", "gain"}  # the first of each stack
+    common = {"step", "delta", "exp_avg_sq"}
+    tensors = common | {"param_rms", "scale_exp_avg_sq", "scale_grads"}
+    clipping = {"model_norms", "model_norm_threshold", "num_clipped"}
+    assert set(state["scale"]) == common | clipping  # the first stack: scalars before all others
+    assert set(state["gain"]) == common
+    assert set(state["a.weight"]) == set(state["bias"]) == tensors
+    assert state["a.weight"]["step"] == 12
+    assert state["a.weight"]["delta"].shape == state["a.weight"]["exp_avg_sq"].shape == (2, 3, 4)
+    assert state["a.weight"]["param_rms"].shape == state["a.weight"]["scale_exp_avg_sq"].shape == (2, 1, 1)
+    assert state["a.weight"]["scale_grads"].shape == (4, 2, 1, 1)
+    assert state["scale"]["delta"].shape == (2,)
+    assert state["gain"]["delta"].shape == (1, 1)
+    assert state["scale"]["model_norms"].shape == (100,)
+    group = optimizer.state_dict()["param_groups"][0]
+    assert group["betas"] == (0.9, 0.98)
+    assert group["params"] == list(range(6))
+
+
+def test_published_state_is_read() -> None:
+    """A state dict built by hand in the published layout, then one step worked out by hand."""
+    params = small_model()
+    before = {name: p.detach().clone() for name, p in params.items()}
+    full = torch.full
+    state: dict[int, dict[str, object]] = {
+        0: {
+            "step": 400,
+            "delta": full((2, 3, 4), 0.01),
+            "exp_avg_sq": full((2, 3, 4), 4.0),
+            "param_rms": torch.tensor([0.5, 0.25]).view(2, 1, 1),
+            "scale_exp_avg_sq": full((2, 1, 1), 1.0),
+            "scale_grads": torch.zeros(4, 2, 1, 1),
+        },
+        1: {
+            "step": 400,
+            "delta": full((2,), 0.02),
+            "exp_avg_sq": full((2,), 1.0),
+            "model_norms": full((100,), 1.0),
+            "model_norm_threshold": torch.tensor(2.0),
+            "num_clipped": 3,
+        },
+        3: {
+            "step": 400,
+            "delta": full((1, 5), -0.01),
+            "exp_avg_sq": full((1, 5), 1.0),
+            "param_rms": full((1, 1), 0.1),
+            "scale_exp_avg_sq": full((1, 1), 1.0),
+            "scale_grads": torch.zeros(4, 1, 1),
+        },
+        4: {"step": 400, "delta": full((1, 1), 0.0), "exp_avg_sq": full((1, 1), 1.0)},
+    }
+    group = {"lr": 0.02, "base_lr": 0.03, "params": list(range(6)), **make(params).defaults, "clipping_scale": 2.0}
+    group["lr"] = 0.02
+    optimizer = make(params, lr=0.5)
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    for p in params.values():
+        p.grad = torch.full_like(p, 2.0)
+    params["scale"].grad = None
+    optimizer.step()
+
+    # Norm: 12 elements of 2 in a.weight and b.weight with their rms, 5 in the bias, two scalars times 0.1.
+    # At step 400, a multiple of 100, the threshold is 2 * median of 99 ones and this norm = 2.
+    norm = math.sqrt(48 * 0.5**2 + 48 * 0.25**2 + 20 * 0.1**2 + 2 * 0.2**2)
+    factor = 2.0 / norm
+    assert optimizer.clip_factors == pytest.approx([factor])
+    grad = 2 * factor
+    square = 0.98 * 4.0 + 0.02 * grad**2
+    for name, rms in (("a.weight", 0.5), ("b.weight", 0.25)):
+        delta = 0.9 * 0.01 - 0.02 * 0.1 * rms * grad / math.sqrt(square)
+        torch.testing.assert_close(params[name].detach(), before[name] + delta)
+    delta = 0.9 * 0.02  # no gradient, so no new step
+    torch.testing.assert_close(params["scale"].detach(), before["scale"] + delta)
+    new = optimizer.state_dict()["state"]
+    assert new[1]["num_clipped"] == 1
+    assert new[1]["model_norms"][0].item() == pytest.approx(norm)
+    assert all(entry["step"] == 401 for entry in new.values())
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    straight, first = small_model(), small_model()
+    run(straight, make(straight), range(30))
+    optimizer = make(first)
+    run(first, optimizer, range(13))
+    torch.save({"optimizer": optimizer.state_dict(), "params": first}, tmp_path / "half.pt")
+    saved = torch.load(tmp_path / "half.pt", weights_only=True)
+    second = {name: nn.Parameter(p.detach().clone()) for name, p in saved["params"].items()}
+    optimizer = make(second, lr=0.001)
+    optimizer.load_state_dict(saved["optimizer"])
+    run(second, optimizer, range(13, 30))
+    assert same(straight, second)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    params = small_model()
+    optimizer = make(params)
+    run(params, optimizer, range(2))
+    state = optimizer.state_dict()
+
+    fewer = {name: p for name, p in small_model().items() if name != "gain"}
+    with pytest.raises(ValueError, match=r"groups of \[6\] parameters, here are \[5\]"):
+        make(fewer).load_state_dict(state)
+    wider = small_model()
+    wider["bias"] = nn.Parameter(torch.zeros(7))
+    with pytest.raises(ValueError, match=r"bias has shape \(1, 5\), expected \(1, 7\)"):
+        make(wider).load_state_dict(state)
+    other_order = dict(reversed(small_model().items()))
+    with pytest.raises(ValueError, match=r"b\.scale has shape \(2, 3, 4\), expected \(2,\)"):
+        make(other_order).load_state_dict(state)
+    without = copy.deepcopy(state)
+    del without["state"][3]
+    with pytest.raises(ValueError, match="bias leads a stack"):
+        make(small_model()).load_state_dict(without)
+
+
+def test_clipping_begins_after_step_10() -> None:
+    params = small_model()
+    optimizer = make(params)
+    for step in range(60):
+        set_grads(params, step, 1e3 if step in (5, 12) else 1.0)
+        optimizer.step()
+        if step in (12,):
+            assert optimizer.clip_factors[0] < 0.1
+        elif step < EARLY_THRESHOLD_STEPS[0]:
+            assert optimizer.clip_factors == [1.0]
+
+
+def test_infinite_gradients_become_zero(caplog: pytest.LogCaptureFixture) -> None:
+    params = small_model()
+    optimizer = make(params)
+    run(params, optimizer, range(20))
+    zeroed = copy.deepcopy(params)
+    twin = make(zeroed)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    set_grads(params, 20)
+    bias_grad = params["bias"].grad
+    assert bias_grad is not None
+    bias_grad[2] = math.inf
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert optimizer.clip_factors == [0.0]
+    assert "bias" in caplog.text
+    twin.zero_grad()
+    twin.step()
+    assert same(params, zeroed)
+
+
+def test_warning_names_the_dominating_parameter(caplog: pytest.LogCaptureFixture) -> None:
+    params = small_model()
+    optimizer = make(params)
+    run(params, optimizer, range(20))
+    set_grads(params, 20)
+    params["b.weight"].grad = 1e4 * torch.ones(3, 4)
+    before = params["b.weight"].grad.clone()
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert optimizer.clip_factors[0] < 0.1
+    assert "b.weight has 100% of the squared norm" in caplog.text
+    assert torch.equal(params["b.weight"].grad, before)  # the gradients themselves are left as they were
+
+
+def test_too_many_infinite_norms() -> None:
+    params = small_model()
+    optimizer = make(params)
+    run(params, optimizer, range(4))
+    with pytest.raises(RuntimeError, match="gradient norms are infinite or NaN"):
+        for step in range(4, 12):
+            set_grads(params, step, math.inf)
+            optimizer.step()
+
+
+def test_sizes_are_limited() -> None:
+    """A tensor and a scalar pushed outwards stop near their limits."""
+    big, scalar = nn.Parameter(2.9 * torch.ones(4)), nn.Parameter(torch.tensor(9.9))
+    optimizer = ScaledAdam([big, scalar], lr=0.02)
+    for _ in range(400):
+        big.grad, scalar.grad = -big.detach(), torch.tensor(-1.0)
+        optimizer.step()
+    # Four steps outwards of lr times the rms balance one size update towards 3.
+    assert big.detach().square().mean().sqrt() == pytest.approx(3 / (1 - 4 * 0.02), rel=0.02)
+    assert scalar.item() == pytest.approx(10 + 0.1 * 0.02, abs=1e-4)  # clamped before the last update
+
+
+def test_closure() -> None:
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def closure() -> Tensor:
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert ScaledAdam([p]).step(closure).item() == 5.0
+    assert p[0] < 1.0 and p[1] > -2.0
+
+
+def eden(base: float = 0.045, **options: float) -> Eden:
+    return Eden(ScaledAdam([nn.Parameter(torch.zeros(2))], lr=base), 7500, 3.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "want"),
+    [(0, 250, 0.03374063), (1, 7500, 0.03710522), (3, 30000, 0.01931055), (9, 100000, 0.00740894)],
+)
+def test_eden_values(epoch: int, batch: int, want: float) -> None:
+    scheduler = eden()
+    assert scheduler.optimizer.param_groups[0]["lr"] == 0.045  # before anything
+    scheduler.step_epoch(epoch)
+    scheduler.step_batch(batch)
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(want, abs=5e-9)
+
+
+def test_eden_golden() -> None:
+    path = GOLDEN / "51_eden.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no reference fixtures at {GOLDEN}")
+    assert all(result.ok for result in CHECKERS["51"](path))
+
+
+def test_eden_counts_by_itself() -> None:
+    counted, told = eden(), eden()
+    for batch in range(1, 4):
+        counted.step_batch()
+        told.step_batch(batch)
+    counted.step_epoch()
+    told.step_epoch(1)
+    assert counted.rates() == told.rates()
+
+
+def test_eden_warmup_options() -> None:
+    assert eden(warmup_batches=0).rates() == [0.045]
+    assert eden(warmup_start=0.1).rates() == pytest.approx([0.0045])
+    with pytest.raises(ValueError, match=r"warmup_start is 1\.5"):
+        eden(warmup_start=1.5)
+    with pytest.raises(ValueError, match="lr_batches"):
+        Eden(ScaledAdam([nn.Parameter(torch.zeros(2))]), 0, 3.5)
+
+
+def test_eden_resume_honours_the_new_base_rate() -> None:
+    old = eden(0.045)
+    old.step_epoch(2)
+    old.step_batch(9000)
+    state = old.state_dict()
+    assert state == {"base_lrs": [0.045], "epoch": 2, "batch": 9000}
+
+    new = eden(0.015)
+    new.load_state_dict(state)
+    assert new.rates() == pytest.approx([rate / 3 for rate in old.rates()])
+    assert new.optimizer.param_groups[0]["lr"] == new.rates()[0]
+    same_base = eden(0.015)
+    same_base.load_state_dict(state, restore_base_lrs=True)
+    assert same_base.rates() == old.rates()
+    with pytest.raises(ValueError, match="2 base rates for 1 groups"):
+        new.load_state_dict({**state, "base_lrs": [0.1, 0.2]}, restore_base_lrs=True)
+
+
+def test_eden_after_loading_an_optimizer() -> None:
+    """The order of a resumed run: make both, then load both; the saved learning rates do not come back."""
+    saved = eden(0.045)
+    saved.step_batch(600)
+    resumed = eden(0.015)
+    resumed.optimizer.load_state_dict(saved.optimizer.state_dict())
+    resumed.load_state_dict(saved.state_dict())
+    resumed.step_batch()
+    group = resumed.optimizer.param_groups[0]
+    assert group["base_lr"] == 0.015
+    assert group["lr"] == pytest.approx(0.015 * ((601**2 + 7500**2) / 7500**2) ** -0.25)

@@ -1,0 +1,223 @@
+"""Whole training runs, very small ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_run import read_metrics, train_flags, write_corpus
+from zipformer_crctc import checkpoint, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six batches."""
+    exp_dir = tmp_path_factory.mktemp("run")
+    train.main(train_flags(corpus, exp_dir))
+    return exp_dir
+
+
+def losses(exp_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(exp_dir, "train")]
+
+
+def test_a_run_writes_checkpoints_metrics_and_logs(finished: Path) -> None:
+    assert sorted(path.name for path in finished.glob("*.pt")) == ["checkpoint-3.pt", "checkpoint-6.pt"]
+    assert [record["step"] for record in read_metrics(finished, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in read_metrics(finished, "valid")] == [3, 6]
+    assert len(list((finished / "log").iterdir())) == 1
+    assert all(loss > 0 for loss in losses(finished))
+
+
+def test_a_checkpoint_has_the_published_keys_and_ours(finished: Path) -> None:
+    payload = checkpoint.load(finished / "checkpoint-6.pt")
+    published = (
+        "model",
+        "model_avg",
+        "optimizer",
+        "scheduler",
+        "grad_scaler",
+        "sampler",
+        "batch_idx_train",
+        "cur_epoch",
+    )
+    best = ("best_train_loss", "best_valid_loss", "best_train_epoch", "best_valid_epoch", "average_period", "blank_id")
+    assert set(payload) >= {*published, *best, "sos_id", "eos_id", "vocab_size", "base_lr", "config", "tokenizer"}
+    assert payload["batch_idx_train"] == 6
+    assert all(tensor.dtype == torch.float64 for tensor in payload["model_avg"].values())
+    assert all(tensor.dtype == torch.float32 for tensor in payload["model"].values())
+
+
+def test_same_seed_same_losses_to_the_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    train.main(train_flags(corpus, tmp_path / "again"))
+    assert losses(tmp_path / "again") == losses(finished)
+    train.main(train_flags(corpus, tmp_path / "other", seed=43))
+    assert losses(tmp_path / "other") != losses(finished)
+
+
+def test_resume_goes_on_where_the_checkpoint_was(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3.pt").write_bytes((finished / "checkpoint-3.pt").read_bytes())
+    train.main(train_flags(corpus, tmp_path, start_batch=3, base_lr=0.01))
+    records = read_metrics(tmp_path, "train")
+    assert [record["step"] for record in records] == [4, 5, 6]
+    assert records[0]["learning_rate"] < 0.5 * read_metrics(finished, "train")[3]["learning_rate"]
+    place = checkpoint.load(tmp_path / "checkpoint-6.pt")["sampler"]
+    assert place == checkpoint.load(finished / "checkpoint-6.pt")["sampler"]
+
+
+def test_epochs_end_and_leave_files(corpus: Path, tmp_path: Path) -> None:
+    train.main(train_flags(corpus, tmp_path, num_steps=0, num_epochs=2, save_every_n=100))
+    names = {path.name for path in tmp_path.glob("*.pt")}
+    assert names == {"epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt"}
+    train.main(train_flags(corpus, tmp_path, num_steps=0, num_epochs=3, start_epoch=3, save_every_n=100))
+    assert (tmp_path / "epoch-3.pt").is_file()
+
+
+def test_mixed_training_adds_the_pseudo_labelled_loss(corpus: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "data.yaml"
+    mixed.write_text(
+        f"train: [{corpus.parent}/train]\nunsup: [{corpus.parent}/dev]\nfilters: {{min_tokens: 1}}\n"
+        "unsup_filters: {min_tokens: 1}\n"
+    )
+    flags = train_flags(mixed, tmp_path / "run", use_unsup_cr_ctc=True, max_duration=2, num_steps=3)
+    train.main(flags)
+    records = read_metrics(tmp_path / "run", "train")
+    assert all(record["unsup_ctc_loss"] > 0 and record["unsup_cr_loss"] > 0 for record in records)
+
+
+def test_plain_ctc_and_accumulation(corpus: Path, tmp_path: Path) -> None:
+    flags = train_flags(corpus, tmp_path, use_cr_ctc=False, enable_spec_aug=True, grad_accumulation=2, num_steps=4)
+    train.main(flags)
+    payload = checkpoint.load(tmp_path / "checkpoint-4.pt")
+    steps = {state["step"] for state in payload["optimizer"]["state"].values()}
+    assert steps == {2}
+    assert all(record["cr_loss"] == 0 for record in read_metrics(tmp_path, "train"))
+
+
+def test_the_validation_loss_falls(corpus: Path, tmp_path: Path) -> None:
+    train.main(train_flags(corpus, tmp_path, num_steps=30, valid_interval=5, average_period=5, save_every_n=30))
+    values = [record["loss"] for record in read_metrics(tmp_path, "valid")]
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train.Objective.train_loss
+
+    def sometimes_nan(self: train.Objective, *args: Any) -> Any:
+        loss = original(self, *args)
+        poison = float("nan") if sometimes_nan.calls == 1 else 1.0  # type: ignore[attr-defined]
+        sometimes_nan.calls += 1  # type: ignore[attr-defined]
+        return type(loss)(loss.total * poison, loss.sums)
+
+    sometimes_nan.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(train.Objective, "train_loss", sometimes_nan)
+    train.main(train_flags(corpus, tmp_path, num_steps=3))
+    state = checkpoint.load(tmp_path / "checkpoint-3.pt")
+    assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values())
+    saved = checkpoint.load(tmp_path / "bad-batch-2-0.pt")
+    assert saved["ids"] and saved["batches"][0]["features"].ndim == 3
+
+    def always_nan(self: train.Objective, *args: Any) -> Any:
+        loss = original(self, *args)
+        return type(loss)(loss.total * float("nan"), loss.sums)
+
+    monkeypatch.setattr(train.Objective, "train_loss", always_nan)
+    with pytest.raises(train.TrainingStopped, match="--max-skipped-steps"):
+        train.main(train_flags(corpus, tmp_path / "bad", num_steps=5, max_skipped_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"start_batch": 77, "num_steps": 100}, "checkpoint-77.pt"),
+        ({"bpe_model": "nowhere.model"}, "nowhere.model"),
+        ({"base_lr": "-1"}, "--base-lr"),
+    ],
+)
+def test_bad_input_ends_with_one_message(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(train_flags(**{"data_config": corpus, "exp_dir": tmp_path, **change}))
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    corpus: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint-3.pt").write_bytes((finished / "checkpoint-3.pt").read_bytes())
+    with pytest.raises(SystemExit):
+        train.main([*train_flags(corpus, tmp_path, start_batch=3), "--encoder-dim", "32,32,32,40,32,32"])
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_two_processes_train(corpus: Path, tmp_path: Path) -> None:
+    flags = train_flags(corpus, tmp_path, world_size=2, max_duration=3, num_steps=3, master_port=29871)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "zipformer_crctc" / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2, 3]
+    assert checkpoint.load(tmp_path / "checkpoint-3.pt")["world_size"] == 2
+
+
+def test_terminating_a_run_ends_all_its_processes(corpus: Path, tmp_path: Path) -> None:
+    flags = train_flags(corpus, tmp_path, world_size=2, max_duration=3, num_steps=100_000, master_port=29877)
+    script = str(ROOT / "zipformer_crctc" / "train.py")
+    group = subprocess.Popen([sys.executable, script, *flags], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(losses(tmp_path)) > 1)
+        group.terminate()
+        group.wait(timeout=60)
+        wait_for(lambda: not is_alive(group.pid))
+    finally:
+        if is_alive(group.pid):
+            os.killpg(group.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def is_alive(group: int) -> bool:
+    """Whether any process of the group runs."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_torchrun_starts_it_too(corpus: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29873"]
+    flags = train_flags(corpus, tmp_path, max_duration=3, num_steps=2)
+    script = str(ROOT / "zipformer_crctc" / "train.py")
+    done = subprocess.run([*program, script, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2]

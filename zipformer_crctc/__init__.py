@@ -1,0 +1,1 @@
+"""Speech in any language to IPA phones: Zipformer encoder, CTC and consistency-regularised CTC."""

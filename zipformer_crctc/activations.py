@@ -1,0 +1,103 @@
+"""Swoosh activations, BiasNorm and dropout with a mask shared over time.
+
+Source: Zipformer (Yao et al., ICLR 2024), sections 3.3 and 3.4. C channels, T frames, N utterances.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zipformer_crctc.regularisers import limit_parameter
+from zipformer_crctc.schedule import Schedule, ScheduledModule
+
+
+class _Swoosh(torch.autograd.Function):
+    """ln(1 + exp(x - shift)) - 0.08 x - offset, which keeps only its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shift = shift
+        wide = x if x.dtype == torch.float64 else x.float()
+        # Beyond its threshold softplus is the identity, which is exact at the precision in hand.
+        y = F.softplus(wide - shift, threshold=20.0 if x.dtype != torch.float64 else 40.0)
+        return y.add_(wide, alpha=-0.08).sub_(offset).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        wide = x if x.dtype == torch.float64 else x.float()
+        slope = torch.sigmoid_(wide - ctx.shift).sub_(0.08)
+        return slope.mul_(grad).to(x.dtype), None, None
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """SwooshL(x) = ln(1 + exp(x - 4)) - 0.08 x - 0.035, element-wise, computed in float32."""
+    return _Swoosh.apply(x, 4.0, 0.035)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """SwooshR(x) = ln(1 + exp(x - 1)) - 0.08 x - 0.313261687, element-wise, computed in float32."""
+    return _Swoosh.apply(x, 1.0, 0.313261687)
+
+
+class SwooshR(nn.Module):
+    """SwooshR as a module, for use in a sequence of layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swoosh_r(x)
+
+
+class BiasNorm(ScheduledModule):
+    """y = x exp(log_scale) / rms(x - bias), over the channel axis; the bias is used inside the root only.
+
+    Args:
+        channels: size of the channel axis.
+        channel_dim: which axis holds the channels.
+    """
+
+    log_scale_range = (-1.5, 1.5)
+
+    def __init__(self, channels: int, channel_dim: int = -1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.empty(channels).normal_(0.0, 1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.channel_dim % x.dim()
+        bias = self.bias.view([-1] + [1] * (x.dim() - dim - 1))
+        log_scale: Tensor = self.log_scale
+        if self.training:
+            log_scale = limit_parameter(log_scale, *self.log_scale_range)
+        wide = x if x.dtype == torch.float64 else x.float()
+        inverse_rms = (wide - bias).square().mean(dim, keepdim=True).rsqrt()
+        return (wide * (inverse_rms * log_scale.exp())).to(x.dtype)
+
+
+class SharedDropout(ScheduledModule):
+    """Dropout whose mask is shared along one axis (time), so that whole channels of an utterance are dropped.
+
+    Args:
+        p: probability of dropping, a number or a schedule; active in training only.
+        shared_dim: axis over which the mask is shared.
+    """
+
+    def __init__(self, p: float | Schedule, shared_dim: int) -> None:
+        super().__init__()
+        self.p = p
+        self.shared_dim = shared_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.value(self.p) if self.training else 0.0
+        if p <= 0.0:
+            return x
+        shape = list(x.shape)
+        shape[self.shared_dim] = 1
+        keep = torch.rand(shape, device=x.device) > p
+        return x * (keep.to(x.dtype) * (1.0 / (1.0 - p)))

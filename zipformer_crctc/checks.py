@@ -1,0 +1,197 @@
+"""What a configuration must satisfy. Each check returns sentences that name the flag, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from zipformer_crctc.config import STACK_FIELDS, Config, DataConfig, DecodeConfig
+from zipformer_crctc.flags import flag_name, format_value, raise_if_any
+
+# Bounds of a number or of each item of a list. A time mask ratio above 6 would ask for most of the frames.
+AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(STACK_FIELDS, 1),
+    **dict.fromkeys(("pos_dim", "frontend_channels", "frontend_hidden"), 1),
+    **dict.fromkeys(("max_duration", "num_buckets", "world_size", "num_epochs", "start_epoch"), 1),
+    **dict.fromkeys(("average_period", "save_every_n", "keep_last_k", "log_interval", "valid_interval"), 1),
+    **dict.fromkeys(("max_skipped_steps", "grad_accumulation", "master_port", "epoch", "avg", "duration_factor"), 1),
+    **dict.fromkeys(("num_workers", "num_threads", "seed", "num_steps", "start_batch", "iter", "gap"), 0),
+    **dict.fromkeys(("cr_loss_scale", "cr_loss_masked_scale", "unsup_cr_ctc_loss_scale", "time_mask_ratio"), 0),
+    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches"), 0),
+}
+AT_MOST = {"master_port": 65535, "time_mask_ratio": 6, "seed": 2**31 - 1}
+POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "input_strategy": ("AudioSamples",),
+}
+# Values whose feature is not there yet: (field, value) -> sentence.
+UNSUPPORTED = {
+    ("use_transducer", True): "the transducer head is not there yet; give False.",
+    ("use_attention_decoder", True): "the attention decoder is not there yet; give False.",
+    ("use_ctc", False): "CTC is the only head that is there; give True.",
+    ("concatenate_cuts", True): "concatenation of utterances is not there yet; give False.",
+}
+LATTICE_METHODS = (
+    "ctc-decoding",
+    "1best",
+    "nbest",
+    "nbest-rescoring",
+    "whole-lattice-rescoring",
+    "nbest-oracle",
+    "attention-decoder-rescoring-no-ngram",
+    "attention-decoder-rescoring-with-ngram",
+)
+
+
+def validate(config: Config) -> None:
+    """Raise one ConfigError with everything that is wrong with a training configuration."""
+    raise_if_any(check_config(config))
+
+
+def check_config(config: Config) -> list[str]:
+    """Problems of a whole training configuration."""
+    values = {**vars(config.model), **vars(config.data), **vars(config.train)}
+    return [*check_values(values), *check_model(vars(config.model)), *_check_data(values), *_check_train(values)]
+
+
+def check_values(values: Mapping[str, Any]) -> list[str]:
+    """Problems that one value has by itself: range, choice, feature that is not there."""
+    return [problem for name, value in values.items() for problem in _check_value(name, value)]
+
+
+def _check_value(name: str, value: Any) -> Iterator[str]:
+    given = f"{flag_name(name)} {format_value(value)}"
+    numbers = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, int | float)]
+    if not all(math.isfinite(number) for number in numbers):
+        yield f"{given}: must be finite."
+        return
+    if (low := AT_LEAST.get(name)) is not None and any(number < low for number in numbers):
+        yield f"{given}: must be {low:g} or more."
+    if (high := AT_MOST.get(name)) is not None and any(number > high for number in numbers):
+        yield f"{given}: must be {high} or less."
+    if name in POSITIVE and any(number <= 0 for number in numbers):
+        yield f"{given}: must be above 0."
+    if (choices := CHOICES.get(name)) and value not in choices:
+        yield f"{given}: must be {' or '.join(choices)}."
+    if isinstance(value, bool) and (sentence := UNSUPPORTED.get((name, value))):
+        yield f"{given}: {sentence}"
+
+
+def check_model(values: Mapping[str, Any]) -> list[str]:
+    """Problems between model sizes. Fields may be absent (sizes given for decoding); their rules are passed over."""
+    problems = list(_check_stacks(values))
+    if values.get("pos_dim", 2) % 2:
+        problems.append(
+            f"--pos-dim {values['pos_dim']}: must be even (sines and cosines); give {values['pos_dim'] + 1}."
+        )
+    kernels = values.get("cnn_module_kernel", ())
+    if any(kernel % 2 == 0 for kernel in kernels):
+        problems.append(f"--cnn-module-kernel {format_value(kernels)}: must be odd; add 1 to the even ones.")
+    if len(channels := values.get("frontend_channels", (1, 1, 1))) != 3:
+        problems.append(f"--frontend-channels {format_value(channels)}: give 3 values, one per convolution.")
+    if values.get("causal") or "causal" not in values:
+        problems += _check_chunks(values)
+    if values.get("use_cr_ctc") and values.get("use_ctc") is False:
+        problems.append("--use-cr-ctc True needs --use-ctc True.")
+    if values.get("use_unsup_cr_ctc") and values.get("use_cr_ctc") is False:
+        problems.append("--use-unsup-cr-ctc True needs --use-cr-ctc True.")
+    return problems
+
+
+def _check_stacks(values: Mapping[str, Any]) -> Iterator[str]:
+    lists = {name: values[name] for name in STACK_FIELDS if name in values}
+    stacks = len(values.get("downsampling_factor", ())) or max([len(items) for items in lists.values()], default=1)
+    for name, items in lists.items():
+        if len(items) not in (1, stacks):
+            yield (
+                f"{flag_name(name)} {format_value(items)}: {len(items)} values for {stacks} stacks "
+                "(as many as --downsampling-factor has); give one value, or one for each stack."
+            )
+    dims, unmasked = values.get("encoder_dim", ()), values.get("encoder_unmasked_dim", ())
+    if any(part > whole for part, whole in zip(unmasked, dims, strict=False)):
+        yield (
+            f"--encoder-unmasked-dim {format_value(unmasked)}: must not be above "
+            f"--encoder-dim {format_value(dims)} in any stack; lower it there."
+        )
+
+
+def _check_chunks(values: Mapping[str, Any]) -> Iterator[str]:
+    chunks, lefts = values.get("chunk_size", ()), values.get("left_context_frames", ())
+    for name, items in (("chunk_size", chunks), ("left_context_frames", lefts)):
+        if any(item < 1 and item != -1 for item in items):
+            yield f"{flag_name(name)} {format_value(items)}: each value must be 1 or more (frames of 20 ms), or -1."
+            return
+    factors, kernels = values.get("downsampling_factor", ()), values.get("cnn_module_kernel", ())
+    if any(factor < 1 for factor in factors):
+        return
+    for chunk in sorted({item for item in chunks if item > 0}):
+        if any(chunk % factor for factor in factors):
+            yield (
+                f"--chunk-size {chunk}: every --downsampling-factor ({format_value(factors)}) must divide it; "
+                f"give a multiple of {math.lcm(*factors)}."
+            )
+        needed = max((kernel // 2 * factor for kernel, factor in zip(kernels, factors, strict=False)), default=0)
+        for left in sorted({item for item in lefts if item > 0}):
+            if chunk * max(1, left // chunk) < needed:
+                yield (
+                    f"--left-context-frames {left} with --chunk-size {chunk}: whole chunks of left context must span "
+                    f"the {needed} frames that the convolutions look back; give more left context."
+                )
+
+
+def _check_data(values: Mapping[str, Any]) -> Iterator[str]:
+    if not values["full_libri"] and values["subset"] not in (25, 50, 75):
+        yield f"--subset {values['subset']}: must be 25, 50 or 75 percent; --full-libri True takes everything."
+    if values["enable_spec_aug"] and values["use_cr_ctc"]:
+        yield "--enable-spec-aug True: CR-CTC masks its two views itself; give False, or --use-cr-ctc False."
+
+
+def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
+    accumulation = values["grad_accumulation"]
+    if math.isfinite(accumulation) and accumulation != int(accumulation):
+        yield f"--grad-accumulation {accumulation}: must be a whole number of batches; give {math.ceil(accumulation)}."
+    if values["save_every_n"] < values["average_period"]:
+        yield (
+            f"--save-every-n {values['save_every_n']}: must not be below --average-period {values['average_period']}, "
+            "or a checkpoint would hold no new average; raise the one or lower the other."
+        )
+    if values["num_steps"] == 0 and values["start_epoch"] > values["num_epochs"]:
+        yield (
+            f"--start-epoch {values['start_epoch']}: is after the last epoch, --num-epochs {values['num_epochs']}; "
+            "raise --num-epochs."
+        )
+    if values["num_steps"] and values["start_batch"] >= values["num_steps"]:
+        yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
+    if values["precision"] in ("bf16", "fp16") and values["device"] == "cpu":
+        yield f"--precision {values['precision']}: a CPU trains in fp32; give fp32 or auto, or --device cuda."
+
+
+def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[str, Any]) -> list[str]:
+    """Problems of a decoding configuration and of the model flags given beside it."""
+    problems = check_values({**vars(config), **vars(data), **given_model}) + check_model(given_model)
+    method = config.decoding_method
+    if method in LATTICE_METHODS:
+        problems.append(f"--decoding-method {method}: needs k2 lattices, not there yet; give ctc-greedy-search.")
+    elif method != "ctc-greedy-search":
+        problems.append(f"--decoding-method {method}: unknown; give ctc-greedy-search.")
+    by_epoch = config.checkpoint is None and config.iter == 0
+    if by_epoch and config.use_averaged_model and config.avg >= config.epoch:
+        problems.append(
+            f"--avg {config.avg} with --epoch {config.epoch}: the average starts at their difference, which must be "
+            "1 or more; give a smaller --avg, or --use-averaged-model False."
+        )
+    return problems + check_decode_chunks(given_model)
+
+
+def check_decode_chunks(given_model: Mapping[str, Any]) -> list[str]:
+    """A causal model decodes with one chunk size and one left context."""
+    if not given_model.get("causal"):
+        return []
+    return [
+        f"{flag_name(name)} {format_value(given_model[name])}: a causal model decodes with one value; give one."
+        for name in ("chunk_size", "left_context_frames")
+        if len(given_model.get(name, (-1,))) != 1
+    ]

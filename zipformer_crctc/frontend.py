@@ -1,0 +1,129 @@
+"""Convolutional front-end: log-mel features at 100 Hz to embeddings at 50 Hz.
+
+N utterances, T feature frames of 10 ms, T' = (T - 7) // 2 output frames of 20 ms, F mel bins, C channels.
+Source: Zipformer (Yao et al., ICLR 2024), section 3.1 (Conv-Embed).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l
+from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
+from zipformer_crctc.schedule import Schedule, ScheduledModule
+
+MIN_FEATURE_FRAMES = 9
+
+
+def output_frames(num_frames: Tensor) -> Tensor:
+    """Number of 20 ms output frames for a number of 10 ms feature frames."""
+    return (num_frames - 7) // 2
+
+
+class ConvNeXt(ScheduledModule):
+    """Depthwise 7x7 convolution, two pointwise ones and a residual connection, with layer-drop per utterance.
+
+    Args:
+        channels: channels of input and output.
+        hidden_channels: channels between the pointwise convolutions.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.layerdrop_rate = Schedule((0, 0.2), (20000, 0.015))
+        self.depthwise_conv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.pointwise_conv1 = nn.Conv2d(channels, hidden_channels, kernel_size=1)
+        self.hidden_balancer = Balancer(1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
+        self.pointwise_conv2 = nn.Conv2d(hidden_channels, channels, kernel_size=1)
+        scale_initial_values(self.pointwise_conv2, 0.01)
+        self.out_balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
+        self.out_whiten = Whiten(1, whitening_limit=5.0, grad_scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T', F') to the same shape."""
+        residual = self.pointwise_conv1(self.depthwise_conv(x))
+        residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
+        if self.training:
+            keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
+            residual = residual * keep.to(residual.dtype)
+        x = self.out_balancer(x + residual)
+        return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Conv2dSubsampling(nn.Module):
+    """The whole front-end: three convolutions, a ConvNeXt block, a projection and BiasNorm.
+
+    Args:
+        feature_dim: F, mel bins of the input.
+        embed_dim: channels of the output.
+        channels: channels after each of the three convolutions.
+        hidden_channels: hidden channels of the ConvNeXt block.
+        dropout: probability of dropping an output channel of an utterance for all its frames.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        embed_dim: int,
+        channels: tuple[int, ...] = (8, 32, 128),
+        hidden_channels: int = 384,
+        dropout: float | Schedule = 0.0,
+    ) -> None:
+        super().__init__()
+        first, second, third = channels
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, first, kernel_size=3, padding=(0, 1)),
+            ScaleGrad(0.2),
+            Balancer(1, max_abs=1.0),
+            SwooshR(),
+            nn.Conv2d(first, second, kernel_size=3, stride=2),
+            Balancer(1, max_abs=4.0),
+            SwooshR(),
+            nn.Conv2d(second, third, kernel_size=3, stride=(1, 2)),
+            Balancer(1, max_abs=4.0),
+            SwooshR(),
+        )
+        self.convnext = ConvNeXt(third, hidden_channels)
+        self.out = nn.Linear((((feature_dim - 1) // 2) - 1) // 2 * third, embed_dim)
+        self.out_whiten = Whiten(1, whitening_limit=Schedule((0, 4.0), (20000, 8.0), default=4.0), grad_scale=0.02)
+        self.out_norm = BiasNorm(embed_dim)
+        self.dropout = SharedDropout(dropout, shared_dim=1)
+        # Convolution kernels, those of CPUs above all, are faster with channels last in memory.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed features.
+
+        Args:
+            features: (N, T, F) log-mel features, T the longest of num_frames.
+            num_frames: (N,) valid frames of each utterance, at least 9.
+
+        Returns:
+            embeddings (N, T', C) and their lengths (N,).
+
+        Raises:
+            ValueError: an utterance too short to give one output frame, or T that is not the longest length.
+        """
+        lengths = output_frames(num_frames)
+        x = self.conv(features[:, None].to(memory_format=torch.channels_last))  # (N, C, T', F')
+        if x.shape[2] != int(lengths.max()) or int(lengths.min()) < 1:
+            raise ValueError(
+                f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
+                f"the longest must span them all and each needs at least {MIN_FEATURE_FRAMES}"
+            )
+        x = self.convnext(x)
+        # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
+        weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
+        x = F.linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+        x = self.out_norm(self.out_whiten(x))
+        return self.dropout(x), lengths
+
+
+def scale_initial_values(layer: nn.Linear | nn.Conv1d | nn.Conv2d, scale: float) -> None:
+    """Multiply the initial weight by `scale` and draw the bias from U(-0.1 scale, 0.1 scale)."""
+    with torch.no_grad():
+        layer.weight *= scale
+        if layer.bias is not None:
+            layer.bias.uniform_(-0.1 * scale, 0.1 * scale)

@@ -1,0 +1,290 @@
+"""The encoder layer and its parts that do not attend: feed-forward, convolution, bypass.
+
+T frames, N utterances, C channels; sequences are (T, N, C).
+Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zipformer_crctc.activations import BiasNorm, SharedDropout, swoosh_l, swoosh_r
+from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
+from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter
+from zipformer_crctc.schedule import Schedule, ScheduledModule
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with SwooshL and time-shared dropout between.
+
+    Args:
+        embed_dim: C.
+        hidden_dim: channels between the two.
+        dropout: probability of dropping a hidden channel of an utterance.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float | Schedule = 0.0) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(embed_dim, hidden_dim)
+        self.hidden_balancer = Balancer(-1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
+        self.dropout = SharedDropout(dropout, shared_dim=0)
+        self.out_proj = nn.Linear(hidden_dim, embed_dim)
+        scale_initial_values(self.out_proj, 0.1)
+        self.out_whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, N, C) to the same shape."""
+        hidden = swoosh_l(self.hidden_balancer(self.in_proj(x)))
+        return self.out_whiten(self.out_proj(self.dropout(hidden)))
+
+
+def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Depthwise convolution over the first axis of (T, N, C), with the weights, bias and padding of `conv`.
+
+    The sequence is, as it lies in memory, an image of T rows, N columns and C channels in channels-last order, for
+    which convolution kernels are several times faster than for (N, C, T).
+    """
+    image = x.permute(2, 0, 1)[None]
+    padding = (conv.padding[0], 0)
+    y = F.conv2d(image, conv.weight[..., None], conv.bias, padding=padding, groups=conv.groups)  # type: ignore[arg-type]
+    return y[0].permute(1, 2, 0)
+
+
+class ChunkCausalConv(nn.Module):
+    """Depthwise convolution over time that sees its own chunk and the past: a causal one plus one within chunks.
+
+    Args:
+        channels: C.
+        kernel_size: K, odd.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.causal_conv = nn.Conv1d(channels, channels, (kernel_size + 1) // 2, groups=channels)
+        scale_initial_values(self.causal_conv, 1.0)
+        self.chunkwise_conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        # How much the places near the left and the right edge of a chunk are scaled, less one.
+        self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, channels, kernel_size))
+
+    def forward(self, x: Tensor, chunk_size: int = -1) -> Tensor:
+        """(T, N, C) to the same shape; a negative chunk size means one chunk of T frames."""
+        frames = x.shape[0]
+        if chunk_size < 0 or chunk_size > frames:
+            chunk_size = frames
+        half = self.kernel_size // 2
+        causal = depthwise_conv(F.pad(x, (0, 0, 0, 0, half, 0)), self.causal_conv)
+        padded = F.pad(x, (0, 0, 0, 0, 0, -frames % chunk_size))
+        by_chunk = padded.unflatten(0, (-1, chunk_size)).transpose(0, 1).flatten(1, 2)  # (chunk, chunks * N, C)
+        by_chunk = depthwise_conv(by_chunk, self.chunkwise_conv) * self._edge_scale(chunk_size)[:, None]
+        within = by_chunk.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)
+        return causal + within[:frames]
+
+    def _edge_scale(self, chunk_size: int) -> Tensor:
+        """1 + scales of the left edge, aligned left, + those of the right edge, aligned right: (chunk, C)."""
+        left, right = self.chunkwise_conv_scale.transpose(1, 2)  # (K, C) each
+        missing = chunk_size - self.kernel_size
+        if missing >= 0:
+            return 1.0 + F.pad(left, (0, 0, 0, missing)) + F.pad(right, (0, 0, missing, 0))
+        return 1.0 + left[:chunk_size] + right[-chunk_size:]
+
+
+class ConvModule(nn.Module):
+    """Gated linear unit, depthwise convolution over time, SwooshR and a projection.
+
+    Args:
+        channels: C.
+        kernel_size: K, odd, frames of the stack's own rate.
+        causal: whether the convolution respects chunks.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, causal: bool) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(channels, 2 * channels)
+        self.balancer1 = Balancer(
+            -1,
+            min_positive=Schedule((0, 0.05), (8000, 0.025)),
+            max_positive=1.0,
+            min_abs=1.5,
+            max_abs=Schedule((0, 5.0), (8000, 10.0), default=1.0),
+        )
+        self.depthwise_conv: nn.Conv1d | ChunkCausalConv
+        if causal:
+            self.depthwise_conv = ChunkCausalConv(channels, kernel_size)
+        else:
+            self.depthwise_conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.balancer2 = Balancer(
+            -1,
+            min_positive=Schedule((0, 0.1), (8000, 0.05)),
+            max_positive=1.0,
+            min_abs=Schedule((0, 0.2), (20000, 0.5)),
+            max_abs=10.0,
+        )
+        self.whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
+        self.out_proj = nn.Linear(channels, channels)
+        scale_initial_values(self.out_proj, 0.05)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
+        """(T, N, C) and (N, T) to (T, N, C); chunk_size in frames of the stack's own rate."""
+        v, gate = self.in_proj(x).chunk(2, dim=-1)
+        u = v * torch.sigmoid(self.balancer1(gate))
+        if key_padding_mask is not None:
+            u = u.masked_fill(key_padding_mask.t()[:, :, None], 0.0)
+        if isinstance(self.depthwise_conv, ChunkCausalConv):
+            u = self.depthwise_conv(u, chunk_size)
+        else:
+            u = depthwise_conv(u, self.depthwise_conv)
+        u = self.whiten(self.balancer2(u))
+        return self.out_proj(swoosh_r(u))
+
+
+class Bypass(ScheduledModule):
+    """original + (x - original) * scale, a learnt scale per channel; in training some utterances bypass x wholly.
+
+    Args:
+        embed_dim: C.
+        skip_rate: probability that an utterance gets the original.
+    """
+
+    def __init__(self, embed_dim: int, skip_rate: float | Schedule = 0.0) -> None:
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((embed_dim,), 0.5))
+        self.skip_rate = skip_rate
+        self.scale_min = Schedule((0, 0.9), (20000, 0.2))
+
+    def forward(self, original: Tensor, x: Tensor) -> Tensor:
+        """(T, N, C) twice to (T, N, C)."""
+        scale: Tensor = self.bypass_scale
+        if self.training:
+            scale = limit_parameter(scale, self.value(self.scale_min), 1.0)
+            skip_rate = self.value(self.skip_rate)
+            if skip_rate > 0.0:
+                scale = scale * _keep_mask(x, skip_rate)
+        return original + (x - original) * scale
+
+
+def _keep_mask(x: Tensor, skip_rate: float) -> Tensor:
+    """(N, 1) of ones and, with the given probability, zeros, for a sequence x of (T, N, C)."""
+    return (torch.rand((x.shape[1], 1), device=x.device) >= skip_rate).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of an encoder layer, in channels unless said otherwise."""
+
+    embed_dim: int
+    pos_dim: int
+    num_heads: int
+    query_head_dim: int
+    pos_head_dim: int
+    value_head_dim: int
+    feedforward_dim: int
+    cnn_module_kernel: int
+    """frames of the stack's own rate, odd"""
+
+
+class EncoderLayer(ScheduledModule):
+    """One Zipformer layer.
+
+    Args:
+        sizes: its sizes.
+        causal: whether its convolutions respect chunks.
+        dropout: probability of dropping a hidden channel of a feed-forward module.
+        skip_rate: probability that an utterance bypasses the whole layer (layer-drop).
+    """
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        causal: bool = False,
+        dropout: float | Schedule = 0.0,
+        skip_rate: float | Schedule = 0.0,
+    ) -> None:
+        super().__init__()
+        dim, hidden = sizes.embed_dim, sizes.feedforward_dim
+        self.attention_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
+        self.conv_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
+        self.ff2_skip_rate = Schedule((0, 0.1), (4000, 0.01), (50000, 0.0))
+        self.ff3_skip_rate = Schedule((0, 0.1), (4000, 0.01), (50000, 0.0))
+        self.const_attention_rate = Schedule((0, 0.25), (4000, 0.025))
+        # Takes no part in the forward pass; published checkpoints hold it.
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
+        self.bypass = Bypass(dim, skip_rate)
+        self.bypass_mid = Bypass(dim)
+        self.self_attn_weights = AttentionWeights(
+            dim, sizes.pos_dim, sizes.num_heads, sizes.query_head_dim, sizes.pos_head_dim
+        )
+        self.self_attn1 = SelfAttention(dim, sizes.num_heads, sizes.value_head_dim)
+        self.self_attn2 = SelfAttention(dim, sizes.num_heads, sizes.value_head_dim)
+        self.feed_forward1 = FeedForward(dim, hidden * 3 // 4, dropout)
+        self.feed_forward2 = FeedForward(dim, hidden, dropout)
+        self.feed_forward3 = FeedForward(dim, hidden * 5 // 4, dropout)
+        self.nonlin_attention = NonlinAttention(dim, 3 * dim // 4)
+        self.conv_module1 = ConvModule(dim, sizes.cnn_module_kernel, causal)
+        self.conv_module2 = ConvModule(dim, sizes.cnn_module_kernel, causal)
+        self.norm = BiasNorm(dim)
+
+        def rarely_balanced(min_abs: Schedule, max_abs: float) -> Balancer:
+            return Balancer(-1, min_positive=0.3, max_positive=0.7, min_abs=min_abs, max_abs=max_abs, prob=0.05)
+
+        self.balancer_na = rarely_balanced(Schedule((0, 0.004), (4000, 0.02)), 100.0)
+        self.balancer_ff2 = rarely_balanced(Schedule((0, 0.0), (4000, 0.1)), 2.0)
+        self.balancer_ff3 = rarely_balanced(Schedule((0, 0.0), (4000, 0.2)), 4.0)
+        self.balancer1 = Balancer(-1, min_positive=0.45, max_positive=0.55, min_abs=0.2, max_abs=4.0)
+        self.balancer2 = Balancer(-1, min_positive=0.45, max_positive=0.55, min_abs=0.1, max_abs=4.0)
+        self.whiten = Whiten(1, Schedule((0, 4.0), (20000, 12.0), default=4.0), grad_scale=0.01)
+
+    def forward(
+        self,
+        x: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int = -1,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x: (T, N, C).
+            pos_emb: (1, 2T - 1, pos_dim).
+            chunk_size: frames of the stack's own rate; negative for none.
+            attn_mask: (T, T) or (N, T, T), True where attention is not allowed.
+            key_padding_mask: (N, T), True at padding.
+
+        Returns:
+            (T, N, C).
+        """
+        original = x
+        attn_weights = self.self_attn_weights(x, pos_emb, key_padding_mask, attn_mask)
+        first_head = attn_weights[:1]
+        if self.training and random.random() < self.value(self.const_attention_rate):
+            first_head = uniform_attention(first_head)
+        attention_mask = self._skip_mask(x, self.attention_skip_rate)
+
+        x = x + self.feed_forward1(x)
+        x = _add(x, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
+        x = _add(x, self.self_attn1(x, attn_weights), attention_mask)
+        x = _add(x, self.conv_module1(x, key_padding_mask, chunk_size), self._skip_mask(x, self.conv_skip_rate))
+        x = _add(x, self.balancer_ff2(self.feed_forward2(x)), self._skip_mask(x, self.ff2_skip_rate))
+        x = self.bypass_mid(original, x)
+        x = _add(x, self.self_attn2(x, attn_weights), attention_mask)
+        x = _add(x, self.conv_module2(x, key_padding_mask, chunk_size), self._skip_mask(x, self.conv_skip_rate))
+        x = _add(x, self.balancer_ff3(self.feed_forward3(x)), self._skip_mask(x, self.ff3_skip_rate))
+        x = self.norm(self.balancer1(x))
+        x = self.bypass(original, x)
+        return self.whiten(self.balancer2(x))
+
+    def _skip_mask(self, x: Tensor, schedule: Schedule) -> Tensor | None:
+        """Which utterances keep a module's output, or None where all do."""
+        rate = self.value(schedule) if self.training else 0.0
+        return _keep_mask(x, rate) if rate > 0.0 else None
+
+
+def _add(x: Tensor, update: Tensor, mask: Tensor | None) -> Tensor:
+    return x + update if mask is None else torch.addcmul(x, update, mask)

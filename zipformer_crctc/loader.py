@@ -1,0 +1,309 @@
+"""From batch requests to feature batches: worker processes read FLAC data, perturb the volume and make features.
+
+Shapes: N utterances, T frames of 10 ms, 80 mel bins, S samples at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, OrderSettings, TrainOrder
+from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
+from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
+
+logger = logging.getLogger(__name__)
+
+MIN_FRAMES = 9  # the front-end needs as many for one output frame
+_OPEN_TARS = 64  # file handles that a worker keeps
+_PREFETCH = 4  # batches that each worker has under way
+_VOLUME_PROBABILITY = 0.5
+_VOLUME_RANGE = (0.125, 2.0)
+
+
+@dataclass
+class Batch:
+    """Features of some utterances, longest first. May be empty: a rank with nothing left to do at an epoch's end."""
+
+    features: Tensor  # (N, T, 80) float32, padded with ln(1e-10)
+    num_frames: Tensor  # (N,) int64
+    utterances: list[Utterance]
+    epoch: int = 0
+    step: int = 0  # within the epoch, from 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (utterance id, reason) of audio that is no use
+
+    @property
+    def texts(self) -> list[str]:
+        return [utterance.text for utterance in self.utterances]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.utterances
+
+    @property
+    def seconds(self) -> float:
+        """Audio in the batch, padding not counted."""
+        return sum(utterance.duration for utterance in self.utterances)
+
+    def pin_memory(self) -> Batch:
+        return replace(self, features=self.features.pin_memory(), num_frames=self.num_frames.pin_memory())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on ``device``."""
+        features = self.features.to(device, non_blocking=True)
+        return replace(self, features=features, num_frames=self.num_frames.to(device, non_blocking=True))
+
+
+class AudioError(ValueError):
+    """Audio of one utterance that cannot be used."""
+
+
+class AudioReader:
+    """Reads and decodes FLAC members of tars; keeps the tars it used last open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def __call__(self, utterance: Utterance) -> np.ndarray:
+        """Samples (S,) float32 in [-1, 1]. Raises ``AudioError`` with a reason."""
+        try:
+            data = os.pread(self._descriptor(utterance.tar), utterance.size, utterance.offset)
+        except OSError as error:
+            raise AudioError(f"tar cannot be read ({error.strerror})") from error
+        if len(data) != utterance.size:
+            raise AudioError("tar is truncated")
+        try:
+            samples, sampling_rate = soundfile.read(io.BytesIO(data), dtype="float32")
+        except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
+            raise AudioError("damaged audio") from error
+        if sampling_rate != SAMPLING_RATE:
+            raise AudioError(f"sampling rate {sampling_rate} instead of {SAMPLING_RATE}")
+        if samples.ndim != 1:
+            raise AudioError(f"{samples.shape[1]} channels instead of one")
+        if num_feature_frames(len(samples)) < MIN_FRAMES:
+            raise AudioError(f"fewer than {MIN_FRAMES} feature frames")
+        return samples
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, tar: str) -> int:
+        if tar not in self._open:
+            if len(self._open) >= _OPEN_TARS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[tar] = os.open(tar, os.O_RDONLY)
+        self._open.move_to_end(tar)
+        return self._open[tar]
+
+
+def volume_factor(seed: int, epoch: int, utterance_id: str) -> float:
+    """1 with probability 0.5, else uniform in [0.125, 2]; the same whichever worker or rank reads the utterance."""
+    rng = random.Random(f"volume {seed} {epoch} {utterance_id}")
+    return rng.uniform(*_VOLUME_RANGE) if rng.random() < _VOLUME_PROBABILITY else 1.0
+
+
+class BatchReader(Dataset[Batch]):
+    """Turns a request into a batch; runs in the workers. ``volume_seed`` None leaves the volume as it is."""
+
+    def __init__(self, volume_seed: int | None = None, zero_padded: bool = False) -> None:
+        self._volume_seed = volume_seed
+        self._fbank = Fbank(zero_padded=zero_padded)
+        self._read = AudioReader()
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        utterances: list[Utterance] = []
+        waveforms: list[Tensor] = []
+        skipped: list[tuple[str, str]] = []
+        for utterance in request.utterances:
+            try:
+                samples = self._read(utterance)
+            except AudioError as error:
+                skipped.append((utterance.id, str(error)))
+                continue
+            if self._volume_seed is not None:
+                samples *= volume_factor(self._volume_seed, request.epoch, utterance.id)
+            utterances.append(utterance)
+            waveforms.append(torch.from_numpy(samples))
+        with torch.no_grad():
+            features, num_frames, order = collate(self._fbank.batch(waveforms))
+        return Batch(features, num_frames, [utterances[i] for i in order], request.epoch, request.step, skipped)
+
+
+def collate(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """[(T_i, 80)] to a padded (N, T, 80), lengths (N,), and the order taken: longest first, else as given."""
+    order = sorted(range(len(features)), key=lambda i: -features[i].shape[0])
+    num_frames = [features[i].shape[0] for i in order]
+    padded = torch.full((len(order), num_frames[0] if num_frames else 0, NUM_BINS), LOG_EPS)
+    for row, i in enumerate(order):
+        padded[row, : num_frames[row]] = features[i]
+    return padded, torch.tensor(num_frames, dtype=torch.int64), order
+
+
+@dataclass
+class _Position:
+    """Where the next pass begins."""
+
+    epoch: int
+    step: int
+
+
+class BatchLoader:
+    """Iterates over batches from a position (epoch, step) on.
+
+    One pass gives the rest of the current epoch and moves the position to the next; with ``endless`` it goes on for
+    ever. ``state_dict`` is the position behind the batch given out last, whatever the workers have prefetched.
+    With ``scored`` each pass is the whole set. Utterances whose audio turned out to be no use are logged, and counted
+    in ``skipped`` (``scored``: each by name, anew in each pass).
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        reader: BatchReader,
+        num_workers: int = 0,
+        *,
+        endless: bool = False,
+        pin_memory: bool = False,
+        first_epoch: int = 1,
+        scored: bool = False,
+    ) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers: {num_workers}; must be at least 0")
+        self.order = order
+        self.scored = scored
+        self._position = _Position(first_epoch, 0)
+        self.skipped = Skipped(max_examples=None if scored else 3)
+        self._loader: DataLoader[Batch] = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=_Requests(order, self._position, endless),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=_PREFETCH if num_workers else None,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0),  # leaves the program's own random numbers alone
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.scored:
+            self.set_position(self._position.epoch)
+            self.skipped = Skipped(max_examples=None)
+        for batch in self._loader:
+            for utterance_id, reason in batch.skipped:
+                logger.warning("skipped %s: %s", utterance_id, reason)
+                self.skipped.add(reason, utterance_id)
+            self.set_position(batch.epoch, batch.step + 1)
+            yield batch
+        self.set_position(self._position.epoch + 1)
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """The next pass begins at ``step`` of ``epoch``."""
+        self._position.epoch, self._position.step = epoch, step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._position.epoch, "step": self._position.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.set_position(state["epoch"], state["step"])
+
+
+class _Requests:
+    """The sampler of the inner loader: requests from a position on.
+
+    It does not hold the outer loader: a cycle would leave the workers to the garbage collector, which closes their
+    queues first, so that each worker is waited for in vain.
+    """
+
+    def __init__(self, order: BatchOrder, position: _Position, endless: bool) -> None:
+        self._order, self._position, self._endless = order, position, endless
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        epoch, step = self._position.epoch, self._position.step
+        yield from self._order.epoch(epoch, step)
+        while self._endless:
+            epoch += 1
+            yield from self._order.epoch(epoch)
+
+
+def build_train_loader(
+    folders: Sequence[str | Path],
+    *,
+    accept: Callable[[Utterance], str | None] | None = None,
+    max_duration: float = 600.0,
+    num_buckets: int = 10,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    subset: int = 100,
+    seed: int = 42,
+    world_size: int = 1,
+    rank: int = 0,
+    num_workers: int = 4,
+    volume_perturbation: bool = True,
+    zero_padded: bool = False,
+    endless: bool = False,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """A loader of training batches from several shar folders, whose shards are shuffled together.
+
+    ``accept`` (such as ``filters.TrainingFilter``) says why an utterance is left out, or None. ``subset`` is the share
+    of each folder's shards that is used, in percent, at least one shard. ``max_duration`` to ``rank`` are as in
+    ``batches.OrderSettings``. Raises ``DataError`` for a folder without usable shards and
+    ``ValueError`` for a setting.
+    """
+    settings = OrderSettings(
+        max_duration=max_duration,
+        num_buckets=num_buckets,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=seed,
+        world_size=world_size,
+        rank=rank,
+    )
+    order = TrainOrder(_all_shards(folders, subset), settings, accept)
+    reader = BatchReader(seed if volume_perturbation else None, zero_padded)
+    return BatchLoader(order, reader, num_workers, endless=endless, pin_memory=pin_memory)
+
+
+def build_eval_loader(
+    folders: Sequence[str | Path],
+    *,
+    max_duration: float = 600.0,
+    num_workers: int = 1,
+    world_size: int = 1,
+    rank: int = 0,
+    need_text: bool = True,
+    keep_alignment: bool = False,
+    zero_padded: bool = False,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """A loader of a set that is scored: every utterance once, longest first, none filtered, no augmentation.
+
+    Each pass is the whole set. What cannot be read is listed in ``loader.order.skipped`` (manifests and tars) and
+    ``loader.skipped`` (audio).
+    """
+    order = EvalOrder(
+        _all_shards(folders), max_duration, world_size, rank, need_text=need_text, keep_alignment=keep_alignment
+    )
+    reader = BatchReader(zero_padded=zero_padded)
+    return BatchLoader(order, reader, num_workers, pin_memory=pin_memory, scored=True)
+
+
+def _all_shards(folders: Sequence[str | Path], subset: int = 100) -> list[Shard]:
+    """The first `subset` percent of the shards of each folder, rounded up."""
+    if not folders:
+        raise ValueError("no data folder given; name at least one")
+    found = [find_shards(folder) for folder in folders]
+    return [shard for shards in found for shard in shards[: -(-len(shards) * subset // 100)]]

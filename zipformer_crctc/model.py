@@ -1,0 +1,105 @@
+"""The whole acoustic model: log-mel features to log-probabilities of phones at 50 Hz.
+
+N utterances, T feature frames of 10 ms, T' = (T - 7) // 2 output frames of 20 ms, V vocabulary size.
+Source: ZIPA (Zhu et al., ACL 2025), section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_crctc.config import ModelConfig
+from zipformer_crctc.encoder import Zipformer
+from zipformer_crctc.frontend import Conv2dSubsampling
+from zipformer_crctc.layers import LayerSizes
+from zipformer_crctc.schedule import Schedule
+
+FEATURE_DIM = 80
+
+
+class CtcModel(nn.Module):
+    """Front-end, encoder and CTC head; state-dict keys are those of the published checkpoints.
+
+    Args:
+        encoder_embed: the front-end.
+        encoder: the stacks.
+        vocab_size: V, blank included.
+    """
+
+    def __init__(self, encoder_embed: Conv2dSubsampling, encoder: Zipformer, vocab_size: int) -> None:
+        super().__init__()
+        self.encoder_embed = encoder_embed
+        self.encoder = encoder
+        self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(max(encoder.encoder_dim), vocab_size))
+
+    def forward(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of a batch.
+
+        Args:
+            features: (N, T, 80), padded with ln(1e-10), T the longest of num_frames.
+            num_frames: (N,) feature frames of each utterance, at least 9.
+
+        Returns:
+            log-probabilities (N, T', V) in float32, and the number of output frames (N,).
+        """
+        encoded, lengths = self.encode(features, num_frames)
+        return self.ctc_output(encoded).float().log_softmax(dim=-1), lengths
+
+    def encode(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder output (N, T', max encoder_dim) and the number of output frames (N,)."""
+        embedded, lengths = self.encoder_embed(features, num_frames)
+        encoded, lengths = self.encoder(embedded.transpose(0, 1), lengths, padding_mask(lengths, embedded.shape[1]))
+        return encoded.transpose(0, 1), lengths
+
+
+def padding_mask(lengths: Tensor, frames: int) -> Tensor:
+    """(N, T), True at frames beyond an utterance's length."""
+    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
+
+
+def build_model(config: ModelConfig, vocab_size: int) -> CtcModel:
+    """A model with new random weights.
+
+    Args:
+        config: sizes; validated by the configuration.
+        vocab_size: V, from the tokenizer.
+    """
+    dropout = Schedule((0, 0.3), (20000, 0.1))
+    sizes = [
+        LayerSizes(
+            embed_dim=dim,
+            pos_dim=config.pos_dim,
+            num_heads=heads,
+            query_head_dim=query,
+            pos_head_dim=pos,
+            value_head_dim=value,
+            feedforward_dim=feedforward,
+            cnn_module_kernel=kernel,
+        )
+        for dim, heads, query, pos, value, feedforward, kernel in zip(
+            config.encoder_dim,
+            config.num_heads,
+            config.query_head_dim,
+            config.pos_head_dim,
+            config.value_head_dim,
+            config.feedforward_dim,
+            config.cnn_module_kernel,
+            strict=True,
+        )
+    ]
+    embed = Conv2dSubsampling(
+        FEATURE_DIM, config.encoder_dim[0], config.frontend_channels, config.frontend_hidden, dropout
+    )
+    encoder = Zipformer(
+        config.downsampling_factor,
+        config.num_encoder_layers,
+        sizes,
+        config.encoder_unmasked_dim,
+        config.causal,
+        config.chunk_size,
+        config.left_context_frames,
+        dropout,
+        config.warmup_batches,
+    )
+    return CtcModel(embed, encoder, vocab_size)

@@ -1,0 +1,254 @@
+"""Modules and functions that are the identity in the forward pass and change the gradient in the backward pass.
+
+They act in training mode only. Yes/no decisions come from Python's own random generator, once per call, so that they
+cost no host synchronisation. All arithmetic is float32 at least.
+Source: Zipformer (Yao et al., ICLR 2024), section 3.5 and appendix; the Balancer and Whiten modules.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_crctc.schedule import Schedule, ScheduledModule
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself if float32 or float64, else a float32 copy."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _mean_over_std(positive_share: float) -> float:
+    """The mean/std of a distribution, close to normal, with this share of positive values."""
+    eps = 1e-10
+    y = 2.0 * positive_share - 1.0
+    return 0.8139535143 * 0.5 * (math.log(1.0 + y + eps) - math.log(1.0 - y + eps))
+
+
+class _BalancerFunction(torch.autograd.Function):
+    """Adds to the gradient g the term |g| * G, G pushing each channel's statistics into their limits.
+
+    With mean m, second moment e2 and s = std, r = rms of a channel, the loss whose gradient is G is
+    |m/s - clip(m/s)| + |ln(clip(r)/r)|; G is linear in x within a channel, so channel statistics are all it takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limits: tuple[float, float, float, float], scale: float, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits, ctx.scale, ctx.dim = limits, scale, dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (saved,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        x = at_least_float32(saved)
+        min_mean, max_mean, min_rms, max_rms = ctx.limits
+        others = [axis for axis in range(x.dim()) if axis != ctx.dim % x.dim()]
+        count = x.numel() // x.shape[ctx.dim]
+        mean = x.mean(others, keepdim=True)
+        centred = x - mean
+        variance = torch.linalg.vector_norm(centred, dim=others, keepdim=True).square() / count
+        std = variance.clamp(min=1e-20).sqrt()
+        rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
+        ratio = mean / std
+        mean_sign = (ratio > max_mean).to(x.dtype) - (ratio < min_mean).to(x.dtype)
+        rms_sign = (rms > max_rms).to(x.dtype) - (rms < min_rms).to(x.dtype)
+        # G = constant + slope * (x - mean)
+        constant = mean_sign / std + rms_sign * mean / rms.square()
+        slope = rms_sign / rms.square() - mean_sign * mean / std.pow(3)
+        rms_of_g = torch.hypot(constant, slope * variance.sqrt())
+        # A channel within its limits, or all zero, is left alone.
+        factor = torch.where(rms_of_g > 1e-20, ctx.scale / rms_of_g, 0.0)
+        push = torch.addcmul(constant * factor, slope * factor, centred)
+        wide_grad = at_least_float32(grad)
+        return torch.addcmul(wide_grad, wide_grad.abs(), push).to(grad.dtype), None, None, None
+
+
+class Balancer(ScheduledModule):
+    """Keeps each channel's share of positive values and its root mean square within limits, through the gradient.
+
+    Args:
+        channel_dim: axis of the channels.
+        min_positive, max_positive: limits of the share of positive values, in [0, 1].
+        min_abs, max_abs: limits of the mean absolute value, as if normally distributed.
+        grad_scale: size of the added gradient relative to the incoming one.
+        prob: probability of acting on a call.
+    """
+
+    def __init__(
+        self,
+        channel_dim: int,
+        min_positive: float | Schedule = 0.05,
+        max_positive: float | Schedule = 0.95,
+        min_abs: float | Schedule = 0.2,
+        max_abs: float | Schedule = 100.0,
+        grad_scale: float = 0.04,
+        prob: float | Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.min_positive = min_positive
+        self.max_positive = max_positive
+        self.min_abs = min_abs
+        self.max_abs = max_abs
+        self.grad_scale = grad_scale
+        self.prob = Schedule((0, 0.5), (8000, 0.125), default=0.4) if prob is None else prob
+
+    def limits(self) -> tuple[float, float, float, float]:
+        """Present limits: (min mean/std, max mean/std, min rms, max rms) of a channel."""
+        to_rms = 1.25331413732  # rms of a normal variable over its mean absolute value, sqrt(pi / 2)
+        return (
+            _mean_over_std(self.value(self.min_positive)),
+            _mean_over_std(self.value(self.max_positive)),
+            to_rms * self.value(self.min_abs),
+            to_rms * self.value(self.max_abs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.requires_grad) or random.random() >= self.value(self.prob):
+            return x
+        return _BalancerFunction.apply(x, self.limits(), self.grad_scale, self.channel_dim)
+
+
+def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """How far the channels within each group are from having equal, uncorrelated variance; 1 is perfect.
+
+    Args:
+        x: (..., C), C = num_groups * channels per group.
+        num_groups: groups of channels that are whitened separately.
+
+    Returns:
+        the metric, a scalar, and its gradient with respect to x, shaped like x.
+    """
+    channels = x.shape[-1]
+    rows = x.reshape(-1, num_groups, channels // num_groups).transpose(0, 1)  # (G, frames, C/G)
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    covariance = torch.matmul(rows.transpose(1, 2), rows)  # (G, C/G, C/G)
+    mean_diagonal = covariance.diagonal(dim1=1, dim2=2).sum() / channels
+    mean_square = covariance.square().sum() / channels
+    denominator = mean_diagonal.square() + 1e-20
+    metric = mean_square / denominator
+    slope = covariance - torch.diag_embed((metric * mean_diagonal).expand(covariance.shape[:2]))
+    gradient = torch.matmul(rows, slope) * (4.0 / (channels * denominator))
+    return metric, gradient.transpose(0, 1).reshape(x.shape)
+
+
+class _WhitenFunction(torch.autograd.Function):
+    """Adds to the gradient a multiple of the metric's gradient where the metric is above the limit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Whiten) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        ctx.limit = module.value(module.whitening_limit)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        module: Whiten = ctx.module
+        with torch.autocast(x.device.type, enabled=False):
+            metric, push = whitening_metric(at_least_float32(x), module.num_groups)
+            if metric < ctx.limit:
+                module.prob = module.min_prob
+                return grad, None
+            module.prob = module.max_prob
+            wide_grad = at_least_float32(grad)
+            size = module.grad_scale * wide_grad.norm() / (push.norm() + 1e-20)
+            return torch.addcmul(wide_grad, push, size).to(grad.dtype), None
+
+
+class Whiten(ScheduledModule):
+    """Pushes the covariance of the channels towards a multiple of the identity where its metric is over a limit.
+
+    Args:
+        num_groups: groups of channels that are whitened separately.
+        whitening_limit: the metric below which nothing is done.
+        grad_scale: norm of the added gradient relative to the incoming one.
+    """
+
+    min_prob = 0.025
+    max_prob = 0.25
+
+    def __init__(self, num_groups: int, whitening_limit: float | Schedule, grad_scale: float) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.whitening_limit = whitening_limit
+        self.grad_scale = grad_scale
+        # Checks are rare while the metric stays below the limit.
+        self.prob = self.max_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.requires_grad) or random.random() >= self.prob:
+            return x
+        return _WhitenFunction.apply(x, self)
+
+
+class _LimitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, minimum: float, maximum: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.minimum, ctx.maximum = minimum, maximum
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        outwards = ((x < ctx.minimum) & (grad > 0)) | ((x > ctx.maximum) & (grad < 0))
+        return torch.where(outwards, -grad, grad), None, None
+
+
+def limit_parameter(x: Tensor, minimum: float, maximum: float, prob: float = 0.6) -> Tensor:
+    """Flip the sign of gradient elements that would push a parameter further outside [minimum, maximum].
+
+    Acts with probability `prob` per call; the value itself is not clipped. Callers use it in training only.
+    """
+    return _LimitFunction.apply(x, minimum, maximum) if random.random() < prob else x
+
+
+class _PenaltyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float, penalty: float) -> Tensor:
+        over = (x > limit).to(torch.int8) - (x < -limit).to(torch.int8)
+        ctx.save_for_backward(over)
+        ctx.penalty = penalty
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (over,) = ctx.saved_tensors
+        return grad_outputs[0].add(over, alpha=ctx.penalty), None, None
+
+
+def penalise_large_values(x: Tensor, limit: float, penalty: float) -> Tensor:
+    """As if penalty * sum(max(|x| - limit, 0)) were part of the loss, with weight one whatever the loss scale."""
+    return _PenaltyFunction.apply(x, limit, penalty)
+
+
+class _ScaleGradFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.alpha, None
+
+
+class ScaleGrad(nn.Module):
+    """Scales the gradient by alpha, in training."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ScaleGradFunction.apply(x, self.alpha) if self.training else x
