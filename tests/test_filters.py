@@ -34,6 +34,7 @@ def test_a_text_of_unknown_symbols_is_left_out() -> None:
 
 def test_output_frames() -> None:
     assert [num_output_frames(n) for n in (0, 8 * 160, 9 * 160, 16000, 24 * 16000)] == [0, 0, 1, 46, 1196]
+    assert [num_output_frames(n, 2) for n in (0, 9 * 160, 16000, 16160 + 160)] == [0, 1, 23, 24]
 
 
 def test_frames_needed() -> None:
@@ -44,6 +45,8 @@ def test_frames_needed() -> None:
 
 def test_alignment_needs_a_blank_between_equal_neighbours() -> None:
     assert alignment_problem(list(range(46)), 16000) is None
+    assert alignment_problem(list(range(23)), 16000, factor=2) is None
+    assert alignment_problem(list(range(24)), 16000, factor=2) is not None
     assert alignment_problem([*range(45), 44], 16000) is not None
 
 

@@ -118,3 +118,7 @@ def test_time_mask_at_the_output_rate(frames: int) -> None:
     assert got.dtype == torch.float32
     for t in range(got.shape[1]):  # the frames that the convolutions before the ConvNeXt block see
         assert torch.equal(got[:, t, 0] > 0, mask[:, 2 * t : 2 * t + 9].any(dim=1))
+    halved = downsample_time_mask(mask, factor=2)
+    assert halved.shape == (3, -(-got.shape[1] // 2), 1)
+    for t in range(halved.shape[1]):
+        assert torch.equal(halved[:, t], got[:, 2 * t : 2 * t + 2].amax(dim=1))

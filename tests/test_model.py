@@ -82,7 +82,7 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     want = {f"{name}.weight": shape for name, shape in weights.items()}
     want |= {f"{name}.bias": shape[:1] for name, shape in weights.items()}
     want |= {"encoder_embed.out_norm.log_scale": (), "encoder_embed.out_norm.bias": (first,)}
-    want["encoder.downsample_output.bias"] = (1,)
+    want["encoder.downsample_output.bias"] = (config.output_downsampling_factor,)
     for i, (factor, layers) in enumerate(zip(config.downsampling_factor, config.num_encoder_layers, strict=True)):
         stack = f"encoder.encoders.{i}."
         if factor > 1:

@@ -53,6 +53,12 @@ def test_times() -> None:
     assert Hypothesis([4, 5], [1, 10], 0.0).times == [0.065, 0.245]
 
 
+def test_times_at_25_hz_lie_between_those_of_the_two_frames() -> None:
+    log_probs = path_log_probs([[0, 5, 0, 6]], num_pieces=8)
+    (found,) = greedy_search(log_probs, torch.tensor([4]), factor=2)
+    assert found.times == pytest.approx([(frame_time(2) + frame_time(3)) / 2, (frame_time(6) + frame_time(7)) / 2])
+
+
 def test_empty_input() -> None:
     assert greedy_search(torch.zeros(0, 5, 4), torch.zeros(0, dtype=torch.int64)) == []
     assert greedy_search(torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.int64)) == 2 * [Hypothesis([], [], 0.0)]

@@ -95,10 +95,18 @@ def test_mixed_training_adds_the_pseudo_labelled_loss(corpus: Path, tmp_path: Pa
         f"train: [{corpus.parent}/train]\nunsup: [{corpus.parent}/dev]\nfilters: {{min_tokens: 1}}\n"
         "unsup_filters: {min_tokens: 1}\n"
     )
-    flags = train_flags(mixed, tmp_path / "run", use_unsup_cr_ctc=True, max_duration=2, num_steps=3)
+    flags = train_flags(
+        mixed, tmp_path / "run", use_unsup_cr_ctc=True, max_duration=2, num_steps=3, plain_ctc_batches=0
+    )
     train.main(flags)
     records = read_metrics(tmp_path / "run", "train")
     assert all(record["unsup_ctc_loss"] > 0 and record["unsup_cr_loss"] > 0 for record in records)
+
+
+def test_a_run_may_begin_with_plain_ctc(corpus: Path, tmp_path: Path) -> None:
+    train.main(train_flags(corpus, tmp_path, plain_ctc_batches=2, num_steps=4))
+    consistency = [record["cr_loss"] > 0 for record in read_metrics(tmp_path, "train")]
+    assert consistency == [False, False, True, True]
 
 
 def test_plain_ctc_and_accumulation(corpus: Path, tmp_path: Path) -> None:

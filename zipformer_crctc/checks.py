@@ -12,13 +12,13 @@ from zipformer_crctc.flags import flag_name, format_value, raise_if_any
 # Bounds of a number or of each item of a list. A time mask ratio above 6 would ask for most of the frames.
 AT_LEAST: dict[str, float] = {
     **dict.fromkeys(STACK_FIELDS, 1),
-    **dict.fromkeys(("pos_dim", "frontend_channels", "frontend_hidden"), 1),
+    **dict.fromkeys(("pos_dim", "frontend_channels", "frontend_hidden", "output_downsampling_factor"), 1),
     **dict.fromkeys(("max_duration", "num_buckets", "world_size", "num_epochs", "start_epoch"), 1),
     **dict.fromkeys(("average_period", "save_every_n", "keep_last_k", "log_interval", "valid_interval"), 1),
     **dict.fromkeys(("max_skipped_steps", "grad_accumulation", "master_port", "epoch", "avg", "duration_factor"), 1),
     **dict.fromkeys(("num_workers", "num_threads", "seed", "num_steps", "start_batch", "iter", "gap"), 0),
     **dict.fromkeys(("cr_loss_scale", "cr_loss_masked_scale", "unsup_cr_ctc_loss_scale", "time_mask_ratio"), 0),
-    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches"), 0),
+    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches"), 0),
 }
 AT_MOST = {"master_port": 65535, "time_mask_ratio": 6, "seed": 2**31 - 1}
 POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")

@@ -196,7 +196,7 @@ def decode_set(
     """
     results, unalignable = [], []
     unknown = UnknownSymbols()
-    tokenizer = recogniser.tokenizer
+    tokenizer, factor = recogniser.tokenizer, recogniser.config.output_downsampling_factor
     started, seconds = time.monotonic(), 0.0
     for batch in loader:
         if batch.is_empty:
@@ -205,12 +205,13 @@ def decode_set(
         if recogniser.config.causal:
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
-        hypotheses = greedy_search(*recogniser.model(features, num_frames))
+        log_probs, lengths = recogniser.model(features, num_frames)
+        hypotheses = greedy_search(log_probs, lengths, factor=factor)
         for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
             text = normalise(utterance.text, tokenizer.pieces, unknown.dropped)
             text = remove_diacritics(text) if without_diacritics else text
             unknown.add(text, tokenizer)
-            if alignment_problem(tokenizer.encode(text), utterance.num_samples) is not None:
+            if alignment_problem(tokenizer.encode(text), utterance.num_samples, factor) is not None:
                 unalignable.append(utterance.id)
             results.append(
                 UtteranceResult.of(

@@ -48,9 +48,9 @@ class FilterLimits:
 PSEUDO_LABEL_LIMITS = FilterLimits(min_duration=None, max_duration=None, frame_share=0.85)
 
 
-def num_output_frames(num_samples: int) -> int:
-    """Output frames of 20 ms that the model makes of ``num_samples`` samples at 16 kHz."""
-    return max(0, (num_feature_frames(num_samples) - 7) // 2)
+def num_output_frames(num_samples: int, factor: int = 1) -> int:
+    """Output frames of ``factor`` times 20 ms that the model makes of ``num_samples`` samples at 16 kHz."""
+    return -(-max(0, (num_feature_frames(num_samples) - 7) // 2) // factor)
 
 
 def frames_needed(tokens: Sequence[int]) -> int:
@@ -58,9 +58,9 @@ def frames_needed(tokens: Sequence[int]) -> int:
     return len(tokens) + sum(left == right for left, right in pairwise(tokens))
 
 
-def alignment_problem(tokens: Sequence[int], num_samples: int) -> str | None:
-    """Why CTC cannot align ``tokens`` with ``num_samples`` samples; None if it can."""
-    if frames_needed(tokens) > num_output_frames(num_samples):
+def alignment_problem(tokens: Sequence[int], num_samples: int, factor: int = 1) -> str | None:
+    """Why CTC cannot align ``tokens`` with ``num_samples`` samples, ``factor`` as above; None if it can."""
+    if frames_needed(tokens) > num_output_frames(num_samples, factor):
         return "more tokens (with a blank between equal neighbours) than output frames"
     return None
 
@@ -69,14 +69,18 @@ class TrainingFilter:
     """Says why an utterance is left out of training, and counts.
 
     ``encode`` makes the token ids of a text (normalised as in training). ``reason`` only judges; ``keep`` also counts:
-    the number judged in ``seen``, what is left out in ``skipped``; ``report`` puts both in one line.
+    the number judged in ``seen``, what is left out in ``skipped``; ``report`` puts both in one line. ``factor`` is the
+    model's output downsampling factor.
     """
 
-    def __init__(self, encode: Callable[[str], Sequence[int]], limits: FilterLimits | None = None) -> None:
+    def __init__(
+        self, encode: Callable[[str], Sequence[int]], limits: FilterLimits | None = None, factor: int = 1
+    ) -> None:
         self.limits = limits or FilterLimits()
         self.seen = 0
         self.skipped = Skipped()
         self._encode = encode
+        self._factor = factor
 
     def reason(self, text: str, duration: float, num_samples: int, num_channels: int = 1) -> str | None:
         """The first limit that an utterance of ``duration`` seconds breaks; None if it may be trained on."""
@@ -98,7 +102,7 @@ class TrainingFilter:
         frames = (int(duration // 0.01) - 7) // 2 + 1
         if limits.frame_share * frames < len(tokens):
             return f"more than {limits.frame_share:g} tokens per output frame"
-        return alignment_problem(tokens, num_samples)
+        return alignment_problem(tokens, num_samples, self._factor)
 
     def __call__(self, utterance: Utterance) -> str | None:
         """``reason`` of an utterance, in the form that the training order asks for."""

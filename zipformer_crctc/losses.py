@@ -47,12 +47,13 @@ def consistency_loss(
     return divergence.masked_fill(padding_mask(lengths, log_probs.shape[1])[:, :, None], 0.0).sum()
 
 
-def downsample_time_mask(mask: Tensor) -> Tensor:
-    """The time mask at the rate of the output: (N, T) bool to (N, (T - 7) // 2, 1) float, by max-pooling.
+def downsample_time_mask(mask: Tensor, factor: int = 1) -> Tensor:
+    """The time mask at the output's rate: (N, T) bool to (N, ceil((T - 7) // 2 / factor), 1) float, by max-pooling.
 
-    An output frame counts as masked where any input frame that the front-end's strided convolutions see is.
+    An output frame counts as masked where any input frame that the front-end's strided convolutions see is; ``factor``
+    is the model's output downsampling factor.
     """
     pooled = mask[:, None].float()
     for stride in (1, 2, 1):
         pooled = F.max_pool1d(pooled, kernel_size=3, stride=stride)
-    return pooled.transpose(1, 2)
+    return F.max_pool1d(pooled, factor, factor, ceil_mode=True).transpose(1, 2)

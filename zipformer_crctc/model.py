@@ -1,6 +1,7 @@
 """The whole acoustic model: log-mel features to log-probabilities of phones at 50 Hz.
 
-N utterances, T feature frames of 10 ms, T' = (T - 7) // 2 output frames of 20 ms, V vocabulary size.
+N utterances, T feature frames of 10 ms, T' = (T - 7) // 2 output frames of 20 ms, V vocabulary size. With an output
+downsampling factor D the output frames last D * 20 ms, and there are ceil(T' / D).
 Source: ZIPA (Zhu et al., ACL 2025), section 3.
 """
 
@@ -101,5 +102,6 @@ def build_model(config: ModelConfig, vocab_size: int) -> CtcModel:
         config.left_context_frames,
         dropout,
         config.warmup_batches,
+        config.output_downsampling_factor,
     )
     return CtcModel(embed, encoder, vocab_size)

@@ -49,6 +49,7 @@ def sizes_from_state_dict(state: State) -> dict[str, Any]:
         "cnn_module_kernel": tuple(_shape(state, f"{layer}conv_module1.{kernel}")[2] for layer in first_layers),
         "causal": causal,
         "frontend_channels": tuple(_shape(state, f"encoder_embed.conv.{index}.weight")[0] for index in (0, 4, 7)),
+        "output_downsampling_factor": _shape(state, "encoder.downsample_output.bias")[0],
         "frontend_hidden": _shape(state, "encoder_embed.convnext.pointwise_conv1.weight")[0],
         "feature_dim": _feature_dim(state),
         "vocab_size": _shape(state, "ctc_output.1.weight")[0],

@@ -71,33 +71,38 @@ class Objective:
         self.encode = encode
         self.consistent = config.model.use_cr_ctc
         self.augment_plain = config.data.enable_spec_aug
+        self.output_factor = config.model.output_downsampling_factor
         self.cr_scale = config.train.cr_loss_scale
         self.masked_scale = config.train.cr_loss_masked_scale
         self.time_mask_ratio = config.train.time_mask_ratio
         self.warp_factor = config.data.spec_aug_time_warp_factor
 
-    def train_loss(self, model: nn.Module, batch: Batch, autocast: torch.autocast) -> Loss:
+    def train_loss(self, model: nn.Module, batch: Batch, autocast: torch.autocast, plain: bool = False) -> Loss:
         """Loss of a training batch, augmented.
 
         Args:
             model: from features and frame counts to log-probabilities and lengths.
             batch: on the model's device; an empty one gives a loss of zero that reaches every parameter.
             autocast: context of the forward pass.
+            plain: CTC on the features as they are, also where the configuration asks for CR-CTC.
         """
         features, num_frames, targets = self._inputs(batch)
         time_mask = None
-        if self.consistent:
+        consistent = self.consistent and not plain
+        if consistent:
             features = time_warp(features, num_frames, self.warp_factor).repeat(2, 1, 1)
             num_frames, targets = num_frames.repeat(2), targets * 2
             features, time_mask = spec_augment(features, self.time_mask_ratio)
-        elif self.augment_plain:
+        elif self.augment_plain and not plain:
             features, _ = spec_augment(time_warp(features, num_frames, self.warp_factor), time_mask_ratio=1.0)
         with autocast:
             log_probs, lengths = model(features, num_frames)
         ctc = self._ctc(log_probs, lengths, targets)
         cr = torch.zeros_like(ctc)
-        if self.consistent:
-            mask = downsample_time_mask(time_mask) if time_mask is not None and self.masked_scale != 1.0 else None
+        if consistent:
+            mask = None
+            if time_mask is not None and self.masked_scale != 1.0:
+                mask = downsample_time_mask(time_mask, self.output_factor)
             ctc, cr = ctc / 2, consistency_loss(log_probs, lengths, mask, self.masked_scale) / 2
             lengths = lengths.chunk(2)[0]
         total = ctc + self.cr_scale * cr

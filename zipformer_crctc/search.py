@@ -26,24 +26,27 @@ class Hypothesis:
     """The output frame in which each token begins."""
     score: float
     """Log-probability of the best path in nats: the sum over all frames of the utterance."""
+    factor: int = 1
+    """The model's output downsampling factor."""
 
     @property
     def times(self) -> list[float]:
         """The time of each token in seconds from the start of the audio."""
-        return [frame_time(t) for t in self.frames]
+        return [frame_time(t, self.factor) for t in self.frames]
 
 
-def frame_time(frame: int) -> float:
-    """The time in seconds that an output frame stands for: 20 t + 45 ms."""
-    return round(FIRST_FRAME + FRAME_SHIFT * frame, 6)
+def frame_time(frame: int, factor: int = 1) -> float:
+    """The time in seconds that an output frame stands for: 20 t + 45 ms; with a factor, the middle of its frames."""
+    return round(FIRST_FRAME + FRAME_SHIFT * (factor * frame + (factor - 1) / 2), 6)
 
 
 @torch.no_grad()
-def greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> list[Hypothesis]:
+def greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0, factor: int = 1) -> list[Hypothesis]:
     """The best CTC path of every utterance, repeats merged and blanks removed.
 
     log_probs: (N, T', V), natural logarithms; lengths: (N,), valid output frames of each. A repeat counts as a token of
-    its own where a blank stands between. Raises ValueError where the shapes or lengths do not fit.
+    its own where a blank stands between. factor: the model's output downsampling factor, for the times. Raises
+    ValueError where the shapes or lengths do not fit.
     Source: Graves et al. 2006, "Connectionist temporal classification", section 3.2 (best path decoding).
     """
     if log_probs.dim() != 3:
@@ -65,6 +68,6 @@ def greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> list
     tokens = ids[begins].split(counts)
     frames = begins.nonzero()[:, 1].split(counts)
     return [
-        Hypothesis(t.tolist(), f.tolist(), score)
+        Hypothesis(t.tolist(), f.tolist(), score, factor)
         for t, f, score in zip((t.cpu() for t in tokens), (f.cpu() for f in frames), scores, strict=True)
     ]

@@ -145,7 +145,7 @@ def build_loaders(
     def training(folders: list[Path], limits: FilterLimits, endless: bool) -> BatchLoader:
         return build_train_loader(
             folders,
-            accept=TrainingFilter(encode, limits),
+            accept=TrainingFilter(encode, limits, config.model.output_downsampling_factor),
             max_duration=data.max_duration,
             num_buckets=data.num_buckets if data.bucketing_sampler else 1,
             shuffle=data.shuffle,
@@ -307,7 +307,8 @@ class Trainer:
         if isinstance(self.wrapped, DistributedDataParallel) and not synchronise:
             wait = self.wrapped.no_sync()
         with wait:
-            loss = self.objective.train_loss(self.wrapped, batch.to(self.process.device), self.autocast)
+            plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
+            loss = self.objective.train_loss(self.wrapped, batch.to(self.process.device), self.autocast, plain)
             self.scaler.scale(loss.total * scale).backward()
         return loss.sums
 
