@@ -10,7 +10,7 @@
 #   --source PATH      where the corpus is, see prepare.sh
 #   --hours H          espeak: hours of speech to train on
 #   --steps N          batches to train for (default: as many as suit the corpus)
-#   --processes N      training processes (default: one for each GPU, else one for each core)
+#   --processes N      training processes (default: one for each GPU, else one that uses all cores)
 #   --data DIR         where the data go (default: data/CORPUS)
 #   --exp-dir DIR      where checkpoints and results go (default: exp/CORPUS)
 #   --also FOLDERS     comma list of further shar folders to decode, such as data/tusom2021/dev
@@ -51,11 +51,11 @@ fi
 
 if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   if [ -z "$processes" ]; then
-    processes=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(4, os.cpu_count() or 1))')
+    processes=$(python -c 'import torch; print(torch.cuda.device_count() or 1)')
   fi
   # Small batches: a short run gains more from many updates. Utterances of espeak and tusom2021 are at most 10 s long.
-  max_duration=24
-  [ "$corpus" = tsv ] || max_duration=$((processes > 3 ? 10 : 32 / processes))
+  max_duration=20
+  [ "$corpus" != tsv ] || max_duration=24
   [ "$corpus" != tusom2021 ] || : "${steps:=4200}"
   python zipformer_crctc/train.py --preset tiny --data-config "$data/data.yaml" --exp-dir "$exp_dir" \
     --world-size "$processes" --max-duration "$max_duration" ${steps:+--num-steps "$steps"}

@@ -293,7 +293,7 @@ def positive_float(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for train, dev and test")
-    parser.add_argument("--hours", type=positive_float, default=3.0, help="hours of training speech (default: 3)")
+    parser.add_argument("--hours", type=positive_float, default=6.0, help="hours of training speech (default: 6)")
     parser.add_argument("--dev-minutes", type=positive_float, default=8.0, help="minutes of dev speech (default: 8)")
     parser.add_argument("--test-minutes", type=positive_float, default=8.0, help="minutes of test speech (default: 8)")
     parser.add_argument("--languages", default="", help="codes, comma-separated (default: see espeak_languages.tsv)")
