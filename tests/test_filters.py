@@ -37,6 +37,15 @@ def test_output_frames() -> None:
     assert [num_output_frames(n, 2) for n in (0, 9 * 160, 16000, 16160 + 160)] == [0, 1, 23, 24]
 
 
+def test_an_utterance_must_be_long_enough_at_its_fastest() -> None:
+    tokens = [4, 5] * 10 + [
+        4
+    ]  # 21 tokens, 1 s makes 46 frames at 50 Hz, 23 at 25 Hz, 20 of those at 1.1 times the speed
+    limits = FilterLimits(min_tokens=1)
+    reasons = [TrainingFilter(lambda text: tokens, limits, 2, speed).reason("", 1.0, 16000) for speed in (1.0, 1.1)]
+    assert reasons[0] is None and reasons[1] is not None
+
+
 def test_frames_needed() -> None:
     assert frames_needed([]) == 0
     assert frames_needed([3, 4, 5]) == 3

@@ -19,7 +19,9 @@ from zipformer_crctc.loader import (
     BatchLoader,
     build_eval_loader,
     build_train_loader,
+    change_speed,
     collate,
+    speed_factor,
     volume_factor,
 )
 from zipformer_crctc.shar import DataError, find_shards, read_shard
@@ -67,7 +69,7 @@ def test_workers_do_not_change_a_thing(folders: list[Path]) -> None:
 
 def test_contents_of_a_batch(folders: list[Path]) -> None:
     reader, fbank = AudioReader(), Fbank()
-    for batch in train(folders, volume_perturbation=False, num_buckets=1):
+    for batch in train(folders, perturbation=False, num_buckets=1):
         assert batch.features.dtype == torch.float32 and batch.num_frames.dtype == torch.int64
         assert not batch.features.is_inference()
         assert batch.num_frames.tolist() == sorted(batch.num_frames.tolist(), reverse=True)
@@ -104,12 +106,31 @@ def test_volume_perturbation(folders: list[Path]) -> None:
     assert [volume_factor(1, 2, f"u{i}") for i in range(50)] != factors[:50] != [
         volume_factor(2, 1, f"u{i}") for i in range(50)
     ]  # fmt: skip
-    plain = {b.step: b for b in train(folders, volume_perturbation=False)}
+    plain = {b.step: b for b in train(folders, perturbation=False)}
     for batch in train(folders, seed=42):
         for row, utterance in enumerate(batch.utterances):
             shift = 2 * math.log(volume_factor(42, 1, utterance.id))
             difference = batch.features[row, 10:20] - plain[batch.step].features[row, 10:20]
             assert difference.mean().item() == pytest.approx(shift, abs=0.01)
+
+
+def test_speed_perturbation(folders: list[Path]) -> None:
+    factors = [speed_factor(0.1, 1, 1, f"u{i}") for i in range(4000)]
+    assert 0.9 <= min(factors) < 0.901 and 1.099 < max(factors) <= 1.1
+    assert abs(np.mean(factors) - 1.0) < 3 * 0.2 / math.sqrt(12 * 4000)
+    assert speed_factor(0.1, 1, 2, "u0") != factors[0] == speed_factor(0.1, 1, 1, "u0")
+    for batch in train(folders, seed=42, speed_perturbation=0.1):
+        for length, utterance in zip(batch.num_frames.tolist(), batch.utterances, strict=True):
+            samples = utterance.num_samples / speed_factor(0.1, 42, 1, utterance.id)
+            assert abs(length - samples / 160) <= 1
+
+
+def test_a_faster_tone_is_higher_and_shorter() -> None:
+    tone = np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000).astype(np.float32)
+    faster = change_speed(tone, 1.1)
+    assert abs(len(faster) - 16000 / 1.1) <= 1 and faster.dtype == np.float32
+    peak = np.abs(np.fft.rfft(faster)).argmax() * 16000 / len(faster)
+    assert peak == pytest.approx(1100, abs=2)
 
 
 def test_position_and_resume(folders: list[Path]) -> None:

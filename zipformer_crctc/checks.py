@@ -18,9 +18,9 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("max_skipped_steps", "grad_accumulation", "master_port", "epoch", "avg", "duration_factor"), 1),
     **dict.fromkeys(("num_workers", "num_threads", "seed", "num_steps", "start_batch", "iter", "gap"), 0),
     **dict.fromkeys(("cr_loss_scale", "cr_loss_masked_scale", "unsup_cr_ctc_loss_scale", "time_mask_ratio"), 0),
-    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches"), 0),
+    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches", "speed_perturbation"), 0),
 }
-AT_MOST = {"master_port": 65535, "time_mask_ratio": 6, "seed": 2**31 - 1}
+AT_MOST = {"master_port": 65535, "speed_perturbation": 0.5, "time_mask_ratio": 6, "seed": 2**31 - 1}
 POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),

@@ -143,6 +143,8 @@ class DataConfig:
     """Leave out the incomplete last batch of training."""
     num_workers: int = 4
     """Processes that read data, for each training or decoding process; 0 reads in the main one."""
+    speed_perturbation: float = 0.0
+    """Train on each utterance at a speed drawn from [1 - this, 1 + this]; 0.1 helps small corpora."""
     enable_spec_aug: bool = False
     """SpecAugment when data are loaded, for plain CTC; CR-CTC masks each view itself."""
     spec_aug_time_warp_factor: int = 80

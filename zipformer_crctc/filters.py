@@ -70,17 +70,22 @@ class TrainingFilter:
 
     ``encode`` makes the token ids of a text (normalised as in training). ``reason`` only judges; ``keep`` also counts:
     the number judged in ``seen``, what is left out in ``skipped``; ``report`` puts both in one line. ``factor`` is the
-    model's output downsampling factor.
+    model's output downsampling factor, ``speed`` the fastest speed at which the utterances are trained on.
     """
 
     def __init__(
-        self, encode: Callable[[str], Sequence[int]], limits: FilterLimits | None = None, factor: int = 1
+        self,
+        encode: Callable[[str], Sequence[int]],
+        limits: FilterLimits | None = None,
+        factor: int = 1,
+        speed: float = 1.0,
     ) -> None:
         self.limits = limits or FilterLimits()
         self.seen = 0
         self.skipped = Skipped()
         self._encode = encode
         self._factor = factor
+        self._speed = speed
 
     def reason(self, text: str, duration: float, num_samples: int, num_channels: int = 1) -> str | None:
         """The first limit that an utterance of ``duration`` seconds breaks; None if it may be trained on."""
@@ -102,7 +107,7 @@ class TrainingFilter:
         frames = (int(duration // 0.01) - 7) // 2 + 1
         if limits.frame_share * frames < len(tokens):
             return f"more than {limits.frame_share:g} tokens per output frame"
-        return alignment_problem(tokens, num_samples, self._factor)
+        return alignment_problem(tokens, int(num_samples / self._speed), self._factor)
 
     def __call__(self, utterance: Utterance) -> str | None:
         """``reason`` of an utterance, in the form that the training order asks for."""

@@ -115,11 +115,27 @@ def volume_factor(seed: int, epoch: int, utterance_id: str) -> float:
     return rng.uniform(*_VOLUME_RANGE) if rng.random() < _VOLUME_PROBABILITY else 1.0
 
 
-class BatchReader(Dataset[Batch]):
-    """Turns a request into a batch; runs in the workers. ``volume_seed`` None leaves the volume as it is."""
+def speed_factor(amount: float, seed: int, epoch: int, utterance_id: str) -> float:
+    """Uniform in [1 - amount, 1 + amount]; the same whichever worker or rank reads the utterance."""
+    return 1.0 + amount * random.Random(f"speed {seed} {epoch} {utterance_id}").uniform(-1.0, 1.0)
 
-    def __init__(self, volume_seed: int | None = None, zero_padded: bool = False) -> None:
-        self._volume_seed = volume_seed
+
+def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+    """Resampled so that it lasts 1 / factor as long, with the pitch and the formants times factor."""
+    import soxr  # installations for decoding alone can do without
+
+    return soxr.resample(samples, SAMPLING_RATE * factor, SAMPLING_RATE)
+
+
+class BatchReader(Dataset[Batch]):
+    """Turns a request into a batch; runs in the workers.
+
+    ``perturbation_seed`` None leaves volume and speed as they are, ``speed`` 0 the speed.
+    """
+
+    def __init__(self, perturbation_seed: int | None = None, speed: float = 0.0, zero_padded: bool = False) -> None:
+        self._seed = perturbation_seed
+        self._speed = speed
         self._fbank = Fbank(zero_padded=zero_padded)
         self._read = AudioReader()
 
@@ -133,8 +149,10 @@ class BatchReader(Dataset[Batch]):
             except AudioError as error:
                 skipped.append((utterance.id, str(error)))
                 continue
-            if self._volume_seed is not None:
-                samples *= volume_factor(self._volume_seed, request.epoch, utterance.id)
+            if self._seed is not None:
+                if self._speed:
+                    samples = change_speed(samples, speed_factor(self._speed, self._seed, request.epoch, utterance.id))
+                samples *= volume_factor(self._seed, request.epoch, utterance.id)
             utterances.append(utterance)
             waveforms.append(torch.from_numpy(samples))
         with torch.no_grad():
@@ -251,7 +269,8 @@ def build_train_loader(
     world_size: int = 1,
     rank: int = 0,
     num_workers: int = 4,
-    volume_perturbation: bool = True,
+    perturbation: bool = True,
+    speed_perturbation: float = 0.0,
     zero_padded: bool = False,
     endless: bool = False,
     pin_memory: bool = False,
@@ -260,7 +279,8 @@ def build_train_loader(
 
     ``accept`` (such as ``filters.TrainingFilter``) says why an utterance is left out, or None. ``subset`` is the share
     of each folder's shards that is used, in percent, at least one shard. ``max_duration`` to ``rank`` are as in
-    ``batches.OrderSettings``. Raises ``DataError`` for a folder without usable shards and
+    ``batches.OrderSettings``; durations are those before a change of speed. ``perturbation`` False leaves volume and
+    speed as they are. Raises ``DataError`` for a folder without usable shards and
     ``ValueError`` for a setting.
     """
     settings = OrderSettings(
@@ -273,7 +293,7 @@ def build_train_loader(
         rank=rank,
     )
     order = TrainOrder(_all_shards(folders, subset), settings, accept)
-    reader = BatchReader(seed if volume_perturbation else None, zero_padded)
+    reader = BatchReader(seed if perturbation else None, speed_perturbation, zero_padded)
     return BatchLoader(order, reader, num_workers, endless=endless, pin_memory=pin_memory)
 
 

@@ -140,12 +140,12 @@ def build_loaders(
     config: Config, process: Process, sets: DataSets, encode: TargetEncoder
 ) -> tuple[BatchLoader, BatchLoader | None, BatchLoader | None]:
     """Loaders of the labelled, the pseudo-labelled and the validation sets; None for the latter two if not there."""
-    data = config.data
+    data, factor = config.data, config.model.output_downsampling_factor
 
     def training(folders: list[Path], limits: FilterLimits, endless: bool) -> BatchLoader:
         return build_train_loader(
             folders,
-            accept=TrainingFilter(encode, limits, config.model.output_downsampling_factor),
+            accept=TrainingFilter(encode, limits, factor, 1.0 + data.speed_perturbation),
             max_duration=data.max_duration,
             num_buckets=data.num_buckets if data.bucketing_sampler else 1,
             shuffle=data.shuffle,
@@ -155,6 +155,7 @@ def build_loaders(
             world_size=process.world_size,
             rank=process.rank,
             num_workers=data.num_workers,
+            speed_perturbation=data.speed_perturbation,
             endless=endless,
             pin_memory=process.device.type == "cuda",
         )
