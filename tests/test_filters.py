@@ -38,9 +38,7 @@ def test_output_frames() -> None:
 
 
 def test_an_utterance_must_be_long_enough_at_its_fastest() -> None:
-    tokens = [4, 5] * 10 + [
-        4
-    ]  # 21 tokens, 1 s makes 46 frames at 50 Hz, 23 at 25 Hz, 20 of those at 1.1 times the speed
+    tokens = [4, 5] * 11  # 1 s makes 23 frames at 25 Hz, 21 at 1.1 times the speed
     limits = FilterLimits(min_tokens=1)
     reasons = [TrainingFilter(lambda text: tokens, limits, 2, speed).reason("", 1.0, 16000) for speed in (1.0, 1.1)]
     assert reasons[0] is None and reasons[1] is not None
