@@ -66,6 +66,6 @@ if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
 fi
 
 if [ "$stage" -le 3 ] && [ "$stop_stage" -ge 3 ]; then
-  python zipformer_crctc/decode.py --exp-dir "$exp_dir" --iter 1000000 --avg 1 --max-duration 60 --num-workers 1 \
+  python zipformer_crctc/decode.py --exp-dir "$exp_dir" --iter 1000000 --avg 2 --max-duration 60 --num-workers 1 \
     --data-config "$data/data.yaml" --test-sets "dev,test${also:+,$also}"
 fi
