@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from local.command import load_tokenizer, positive_int, run
+from local.texts import read_texts
 from zipformer_crctc.dataconfig import load_data_config
-from zipformer_crctc.inventory import count_phones
+from zipformer_crctc.objective import TargetEncoder
 from zipformer_crctc.tokenizer import PhoneTokenizer
+
+
+def count_phones(folders: Iterable[Path], tokenizer: PhoneTokenizer, language: str) -> Counter[str]:
+    """How often each symbol stands in the texts of a language; symbols without a piece are left out and named."""
+    encode = TargetEncoder(tokenizer)
+    counts = Counter(token for text in read_texts(folders, encode, language) for token in text)
+    for line in encode.unknown.report().splitlines():
+        logging.warning("left out: %s", line)
+    special = (tokenizer.unk_id, tokenizer.boundary_id)
+    return Counter({tokenizer.pieces[token]: count for token, count in counts.items() if token not in special})
 
 
 def write_inventory(
@@ -22,7 +35,9 @@ def write_inventory(
     phones = [phone for phone, count in counts.most_common() if count >= min_count]
     rare = [f"{_shown(phone)} {count}" for phone, count in counts.most_common() if count < min_count]
     if rare:
-        logging.info("%s: %d symbols are rarer than %d and left out: %s", language, len(rare), min_count, ", ".join(rare))
+        logging.info(
+            "%s: %d symbols are rarer than %d and left out: %s", language, len(rare), min_count, ", ".join(rare)
+        )
     if not phones:
         raise ValueError(f"language {language!r}: no symbol stands {min_count} times in its texts; lower --min-count")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -45,9 +45,7 @@ def brute_force(log_probs: Tensor, fusion: Fusion | None = None) -> dict[Prefix,
     for path in itertools.product(range(vocab), repeat=length):
         sums[collapse(path)].append(sum(frames[t, token] for t, token in enumerate(path)))
     scores = {labels: float(np.logaddexp.reduce(values)) for labels, values in sums.items()}
-    return {
-        labels: score + added(labels, fusion) for labels, score in scores.items() if score > float("-inf")
-    }
+    return {labels: score + added(labels, fusion) for labels, score in scores.items() if score > float("-inf")}
 
 
 def added(labels: Prefix, fusion: Fusion | None) -> float:

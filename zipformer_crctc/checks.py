@@ -186,9 +186,13 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
     elif method not in (GREEDY_SEARCH, BEAM_SEARCH):
         problems.append(f"--decoding-method {method}: unknown; give {GREEDY_SEARCH} or {BEAM_SEARCH}.")
     if method == GREEDY_SEARCH and config.lm is not None:
-        problems.append(f"--lm {config.lm}: greedy search takes no language model; give --decoding-method {BEAM_SEARCH}.")
+        problems.append(
+            f"--lm {config.lm}: greedy search takes no language model; give --decoding-method {BEAM_SEARCH}."
+        )
     if config.nbest > config.beam:
-        problems.append(f"--nbest {config.nbest}: must not be above --beam {config.beam}; raise the one or lower the other.")
+        problems.append(
+            f"--nbest {config.nbest}: must not be above --beam {config.beam}; raise the one or lower the other."
+        )
     for name in ("lm", "inventory"):
         if (path := getattr(config, name)) is not None and not path.is_file():
             problems.append(f"{flag_name(name)} {path}: no such file; correct the path.")

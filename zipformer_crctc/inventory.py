@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zipformer_crctc.shar import DataError, Skipped, find_shards, read_shard
 from zipformer_crctc.text import name_symbols, normalise
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -66,28 +64,3 @@ def inventory_phones(allowed: Tensor, tokenizer: PhoneTokenizer) -> list[str]:
     """The symbols that a mask allows, without the boundary and other special pieces."""
     special = (tokenizer.blank_id, tokenizer.sos_eos_id, tokenizer.unk_id, tokenizer.boundary_id)
     return [tokenizer.pieces[i] for i in allowed.nonzero().flatten().tolist() if i not in special]
-
-
-def count_phones(folders: Iterable[Path], tokenizer: PhoneTokenizer, language: str) -> Counter[str]:
-    """How often each symbol stands in the texts of a language; symbols without a piece are left out and logged.
-
-    folders: of shar shards. No audio is read. Raises DataError that lists the languages where there is no such one.
-    """
-    counts: Counter[int] = Counter()
-    languages: Counter[str] = Counter()
-    skipped = Skipped()
-    for folder in folders:
-        for shard in find_shards(folder):
-            for utterance in read_shard(shard, skipped):
-                languages[utterance.language] += 1
-                if utterance.language == language:
-                    counts.update(tokenizer.encode(normalise(utterance.text, tokenizer.pieces)))
-    if skipped.total:
-        logger.warning("%s", skipped.report())
-    if language not in languages:
-        known = ", ".join(f"{name or '(none)'} {count}" for name, count in sorted(languages.items()))
-        raise DataError(f"language {language!r}: no training text has it; the languages are: {known or 'none'}")
-    if unknown := counts[tokenizer.unk_id]:
-        logger.warning("%s: %d runs of symbols without a piece were left out", language, unknown)
-    special = (tokenizer.unk_id, tokenizer.boundary_id)
-    return Counter({tokenizer.pieces[token]: n for token, n in counts.items() if token not in special})

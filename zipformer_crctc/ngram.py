@@ -202,9 +202,7 @@ def _header(path: Path, lines: Iterator[tuple[int, str]]) -> tuple[list[int], tu
     raise _cut(path, number, "no n-grams follow \\data\\")
 
 
-def _section(
-    arpa: _Arpa, length: int, order: int, count: int, lines: Iterator[tuple[int, str]]
-) -> tuple[int, str]:
+def _section(arpa: _Arpa, length: int, order: int, count: int, lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
     """Read the n-grams of one length; return the first line after them."""
     path, probs, unknown = arpa.path, dict[Ngram, float](), dict[str, int]()
     arpa.probs.append(probs)
@@ -302,9 +300,7 @@ def _fill_unigrams(arpa: _Arpa, tokenizer: PhoneTokenizer, row: np.ndarray) -> N
     unknown = arpa.probs[0].get((tokenizer.unk_id,))
     row[:] = MISSING_UNKNOWN if unknown is None else unknown
     special = (tokenizer.blank_id, tokenizer.sos_eos_id, tokenizer.unk_id)
-    absent = [
-        piece for n, piece in enumerate(tokenizer.pieces) if n not in special and (n,) not in arpa.probs[0]
-    ]
+    absent = [piece for n, piece in enumerate(tokenizer.pieces) if n not in special and (n,) not in arpa.probs[0]]
     if absent:
         how = "as its <unk>" if unknown is not None else f"1e{MISSING_UNKNOWN:.0f}, for it has no <unk>"
         logger.warning("%s: does not list %d pieces, which score %s: %s", arpa.path, len(absent), how, " ".join(absent))

@@ -68,9 +68,7 @@ def valid_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     return valid
 
 
-def adjusted(
-    log_probs: Tensor, blank_id: int = 0, blank_penalty: float = 0.0, allowed: Tensor | None = None
-) -> Tensor:
+def adjusted(log_probs: Tensor, blank_id: int = 0, blank_penalty: float = 0.0, allowed: Tensor | None = None) -> Tensor:
     """Log-probabilities (..., V) with a penalty (nats) taken off the blank, and minus infinity for what cannot come out.
 
     allowed: (V,) bool, see inventory.py; the blank is always allowed. The input is not changed. Raises ValueError for a
