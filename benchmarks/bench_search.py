@@ -10,8 +10,9 @@ no greedy search, there they have a beam of 1; `greedy + lm` is a beam of 1 for 
 
 Equal for all: log-probs, beam, language model and its weight, one CPU thread (--threads for ours only, then said in the
 row), and the --top-tokens most probable tokens of each frame. pyctcdecode knows no such number; it takes the tokens
-above the log-probability that leaves as many on average. The peers decode one utterance after the other, so their speed does
-not depend on the batch, and --peer-utterances of it are timed. A peer that cannot be imported is reported as absent.
+above the log-probability that leaves as many on average. The peers decode one utterance after the other, so their
+speed does not depend on the batch, and --peer-utterances of it are timed. A peer that cannot be imported is reported
+as absent.
 """
 
 from __future__ import annotations

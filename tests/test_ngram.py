@@ -53,7 +53,7 @@ def write(folder: Path, text: str = ARPA, name: str = "lm.arpa") -> Path:
 
 @pytest.mark.parametrize("name", ["lm.arpa", "lm.arpa.gz"])
 def test_scores_by_hand(tmp_path: Path, name: str) -> None:
-    """Every score is a sum of numbers of the file; all are exact in binary, and the comments say how far it backs off."""
+    """Every score is a sum of numbers of the file; the comments say how far it backs off."""
     model = read_arpa(write(tmp_path, name=name), TOKENIZER)
     assert model.order == 3
     cases: list[tuple[list[int], list[float]]] = [
@@ -106,7 +106,7 @@ def test_scores_equal_kenlm(tmp_path: Path, order: int, with_unknown: bool) -> N
     path = tmp_path / "lm.arpa"
     model = estimated(path, order, predicted, words)
     peer = kenlm.Model(str(path))
-    for tokens in random_texts(60, list(range(3, 34)), seed=1) + [[]]:
+    for tokens in [*random_texts(60, list(range(3, 34)), seed=1), []]:
         wanted = [prob for prob, _, _ in peer.full_scores(" ".join(TOKENIZER.pieces[token] for token in tokens))]
         assert [score / LN_10 for score in model.token_scores(tokens)] == pytest.approx(wanted, abs=1e-4)
 

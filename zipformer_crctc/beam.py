@@ -173,7 +173,7 @@ class _Search:
         self._start()
 
     def _lay_out(self) -> None:
-        """Tables of the candidates of a frame: B hypotheses that stay, E extensions, and a place for what is dropped."""
+        """Tables of the candidates of a frame: B hypotheses that stay, E extensions, a place for what is dropped."""
         ranked = self.table is None
         self.all_tokens = not ranked and not self.options.top_tokens
         limit = self.options.top_tokens or self.vocab
@@ -216,9 +216,11 @@ class _Search:
         self.state = integers if self.fusion is None else integers + self.fusion.start
 
     def prepare(self, block: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
-        """For each frame of a block (F, N, V), which is changed: log-probs of the blank (N, 1) and of the tokens (N, V),
-        those of the tokens that may extend and their ids, both (N, K), and the rank of every token among them (N, V),
-        K where it may not; None for ranks by id."""
+        """What `step` needs of each frame of a block (F, N, V), which is changed.
+
+        Log-probs of the blank (N, 1) and of the tokens (N, V), those of the tokens that may extend and their ids, both
+        (N, K), and the rank of every token among them (N, V), K where it may not; None for ranks by id.
+        """
         blank = block[:, :, self.blank_id, None].clone()
         block[:, :, self.blank_id] = NEVER  # it neither extends nor ends a hypothesis
         if self.all_tokens:

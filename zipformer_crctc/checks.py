@@ -24,8 +24,12 @@ AT_LEAST: dict[str, float] = {
     "beam": 4,
 }
 AT_MOST = {
-    **{"master_port": 65535, "speed_perturbation": 0.5, "time_mask_ratio": 6, "seed": 2**31 - 1},
-    **{"beam": 64, "blank_skip": 1},
+    "master_port": 65535,
+    "speed_perturbation": 0.5,
+    "time_mask_ratio": 6,
+    "seed": 2**31 - 1,
+    "beam": 64,
+    "blank_skip": 1,
 }
 POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
@@ -186,9 +190,7 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
     elif method not in (GREEDY_SEARCH, BEAM_SEARCH):
         problems.append(f"--decoding-method {method}: unknown; give {GREEDY_SEARCH} or {BEAM_SEARCH}.")
     if method == GREEDY_SEARCH and config.lm is not None:
-        problems.append(
-            f"--lm {config.lm}: greedy search takes no language model; give --decoding-method {BEAM_SEARCH}."
-        )
+        problems.append(f"--lm {config.lm}: {GREEDY_SEARCH} takes none; give --decoding-method {BEAM_SEARCH}.")
     if config.nbest > config.beam:
         problems.append(
             f"--nbest {config.nbest}: must not be above --beam {config.beam}; raise the one or lower the other."

@@ -254,8 +254,8 @@ class DecodeConfig:
     exp_dir: Path = Path("zipformer/exp")
     """Folder of the checkpoints; results go to a folder in it named after the decoding method."""
     decoding_method: str = GREEDY_SEARCH
-    """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped; ctc-prefix-beam-search: the best
-    phone strings by the sum over their alignments, if wished with a language model."""
+    """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped; ctc-prefix-beam-search: the
+    best phone strings by the sum over their alignments, if wished with a language model."""
     beam: int = 16
     """Beam search: hypotheses kept per utterance, 4 to 64."""
     nbest: int = 1

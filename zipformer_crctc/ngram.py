@@ -153,7 +153,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ArpaError(f"{path}, line {number}: is not UTF-8 text ({error}); give an ARPA file") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ArpaError(f"{path}, after line {number}: the gzip data are cut or damaged ({error}); copy the file again")
+        raise ArpaError(
+            f"{path}, after line {number}: the gzip data are cut or damaged ({error}); copy it again"
+        ) from error
     except OSError as error:
         raise ArpaError(f"{path}: cannot read the language model ({error.strerror or error})") from error
 
@@ -225,7 +227,7 @@ def _section(arpa: _Arpa, length: int, order: int, count: int, lines: Iterator[t
             raise ArpaError(f"{path}, line {number}: {text!r}: {error}; make the file again") from error
         if not (math.isfinite(prob) and math.isfinite(backoff)) or prob > 0:
             raise ArpaError(
-                f"{path}, line {number}: {text!r}: a log-probability must be finite and not above 0; make the file again"
+                f"{path}, line {number}: {text!r}: log-probabilities are finite and not above 0; make the file again"
             )
         if key in probs:
             raise ArpaError(f"{path}, line {number}: {' '.join(words)!r} stands in the file already; make it again")
@@ -239,8 +241,8 @@ def _section(arpa: _Arpa, length: int, order: int, count: int, lines: Iterator[t
     _refuse_unknown(path, unknown)
     if len(probs) != count:
         raise ArpaError(
-            f"{path}, line {number}: {len(probs)} {length}-grams, but the head of the file says {count}; lines were lost "
-            "or added, make the file again"
+            f"{path}, line {number}: {len(probs)} {length}-grams, but the head of the file says {count}; lines "
+            "were lost or added, make the file again"
         )
     return number, text
 
@@ -250,8 +252,8 @@ def _refuse_unknown(path: Path, unknown: dict[str, int]) -> None:
         first, line = next(iter(unknown.items()))
         raise ArpaError(
             f"{path}, line {line}: {first!r} is no piece of the tokenizer ({len(unknown)} such symbols: "
-            f"{' '.join(list(unknown)[:20])}{' ...' if len(unknown) > 20 else ''}); train the language model on texts as "
-            "the recogniser writes them (local/train_phone_lm.py), or decode with the tokenizer it was made for"
+            f"{' '.join(list(unknown)[:20])}{' ...' if len(unknown) > 20 else ''}); train the language model on texts "
+            "as the recogniser writes them (local/train_phone_lm.py), or decode with the tokenizer it was made for"
         )
 
 

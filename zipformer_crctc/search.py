@@ -69,7 +69,7 @@ def valid_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def adjusted(log_probs: Tensor, blank_id: int = 0, blank_penalty: float = 0.0, allowed: Tensor | None = None) -> Tensor:
-    """Log-probabilities (..., V) with a penalty (nats) taken off the blank, and minus infinity for what cannot come out.
+    """Log-probabilities (..., V) less a penalty (nats) of the blank, and minus infinity for what cannot come out.
 
     allowed: (V,) bool, see inventory.py; the blank is always allowed. The input is not changed. Raises ValueError for a
     mask of another size.
