@@ -1,6 +1,7 @@
 """Every rule of a configuration, and that all problems come at once."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def test_tables_name_real_fields() -> None:
 
 def test_every_number_has_a_rule() -> None:
     free = {"spec_aug_time_warp_factor", "chunk_size", "left_context_frames", "subset"}
+    free |= {"insertion_bonus", "blank_penalty"}  # either sign makes sense
     for cls in (ModelConfig, DataConfig, TrainConfig, DecodeConfig):
         for name, kind in field_kinds(cls).items():
             if kind in (int, float, float | None, tuple[int, ...]) and name not in free:
@@ -106,4 +108,12 @@ def test_decoding_rules() -> None:
     assert "--avg 15 with --epoch 10" in problems(epoch=10)[0]
     assert problems(epoch=10, use_averaged_model=False) == problems(iter=10) == []
     assert "one value" in problems({"causal": True, "chunk_size": (16, 32)})[0]
+    beam = "ctc-prefix-beam-search"
+    assert problems(iter=20, decoding_method=beam, beam=4, nbest=4, insertion_bonus=-1.0, blank_penalty=-1.0) == []
+    assert "--beam 3" in problems(iter=20, decoding_method=beam, beam=3)[0]
+    assert "--beam 65" in problems(iter=20, decoding_method=beam, beam=65)[0]
+    assert "--nbest 17" in problems(iter=20, decoding_method=beam, nbest=17)[0]
+    assert "--inventory nowhere" in problems(iter=20, inventory=Path("nowhere"))[0]
+    assert "--lm nowhere" in problems(iter=20, decoding_method=beam, lm=Path("nowhere"))[0]
+    assert beam in problems(iter=20, lm=Path(__file__))[0]
     assert "--encoder-dim 0" in problems({"encoder_dim": (0,)})[0]

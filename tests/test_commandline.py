@@ -195,3 +195,8 @@ def test_decoding_warnings() -> None:
     args = decode("--checkpoint a.pth --avg 3 --shuffle False")
     assert [warning.split()[0] for warning in args.warnings] == ["--shuffle", "--avg"]
     assert decode("--iter 9 --epoch 2").warnings == ("--epoch has no effect with --iter 9.",)
+    beam = "--iter 20 --decoding-method ctc-prefix-beam-search"
+    (warning,) = decode("--iter 20 --beam 8").warnings
+    assert warning == "--beam has no effect without --decoding-method ctc-prefix-beam-search."
+    assert decode(f"{beam} --beam 8 --nbest 2 --insertion-bonus 1").warnings == ()
+    assert decode(f"{beam} --lm-weight 1").warnings == ("--lm-weight has no effect without --lm.",)

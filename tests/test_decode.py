@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from local import train_phone_lm
 from shar_folder import write_folder
 from tiny_run import train_flags, write_corpus
 from zipformer_crctc import checkpoint, decode, train
-from zipformer_crctc.config import ModelConfig
+from zipformer_crctc.config import DecodeConfig, ModelConfig
+from zipformer_crctc.methods import search_suffix
 from zipformer_crctc.model import build_model
 from zipformer_crctc.results import read_json_lines
+from zipformer_crctc.tokenizer import PhoneTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +118,72 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(trained: tuple[Path, Path
     checkpoint.save(tmp_path / "cut.pt", payload)
     with pytest.raises(SystemExit):
         decode.main(flags(corpus, run, "--checkpoint", tmp_path / "cut.pt"))
+
+
+def test_beam_search_with_everything(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    corpus, run = trained
+    tokenizer = PhoneTokenizer.from_table()
+    train_phone_lm.train(corpus, tmp_path / "lm.arpa", tokenizer, order=2)
+    (tmp_path / "few.txt").write_text("a b\n", encoding="utf-8")
+    base = (*("--iter", 6, "--avg", 1, "--decoding-method", "ctc-prefix-beam-search"), "--blank-penalty", 3)
+    more = ("--lm", tmp_path / "lm.arpa", "--lm-weight", 0.3, "--insertion-bonus", 2, "--nbest", 3, "--beam", 8)
+    decode.main(flags(corpus, run, *base, *more, "--inventory", tmp_path / "few.txt"))
+    folder = run / "ctc-prefix-beam-search"
+    suffix = "iter-6-avg-1-use-averaged-model-beam-8-lm-lm-0.3-insertion-bonus-2-inventory-few-blank-penalty-3"
+    results = read_json_lines(folder / f"results-tones-test-{suffix}.jsonl")
+    assert len(results) == 3
+    for result in results:
+        assert 1 < len(result.nbest) <= 3
+        assert result.nbest[0]["hyp"] == result.hyp and result.nbest[0]["score"] == result.score
+        assert result.nbest[0]["times"] == result.times and len(result.times) == len(result.hyp)
+        scores = [entry["score"] for entry in result.nbest]
+        assert scores == sorted(scores, reverse=True) and scores[0] != result.nbest[0]["acoustic"]
+        assert {phone for entry in result.nbest for phone in entry["hyp"]} <= {"a", "b"}
+    assert any(result.hyp for result in results)
+    config = json.loads((folder / f"config-tones-test-{suffix}.json").read_text())
+    assert config["decode"]["lm_weight"] == 0.3 and config["decode"]["beam"] == 8
+
+
+def test_blank_penalty_and_inventory_in_greedy_search(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    corpus, run = trained
+    (tmp_path / "few.txt").write_text("s u", encoding="utf-8")
+    base = ("--iter", 6, "--avg", 1, "--inventory", tmp_path / "few.txt", "--blank-penalty", 20)
+    decode.main(flags(corpus, run, *base))
+    suffix = "iter-6-avg-1-use-averaged-model-inventory-few-blank-penalty-20"
+    results = read_json_lines(run / "ctc-greedy-search" / f"results-tones-test-{suffix}.jsonl")
+    assert {phone for result in results for phone in result.hyp} <= {"s", "u"}
+    assert any(result.hyp for result in results)
+    assert all(result.nbest == [] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [("--inventory", "a PH", "PH (line 1)"), ("--lm", "\\data\\\nngram 1=1\n", "the file is cut")],
+)
+def test_files_of_the_search_that_cannot_be_used(
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    words: str,
+) -> None:
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    more = ("--iter", 6, "--avg", 1, "--decoding-method", "ctc-prefix-beam-search", name, tmp_path / "file")
+    with pytest.raises(SystemExit) as stopped:
+        decode.main(flags(*trained, *more))
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_search_suffixes_tell_runs_apart() -> None:
+    beam = DecodeConfig(decoding_method="ctc-prefix-beam-search")
+    assert search_suffix(DecodeConfig()) == ""
+    assert search_suffix(beam) == "-beam-16"
+    variants = [
+        *({"beam": 4}, {"lm": Path("x/a.arpa.gz")}, {"lm": Path("b.arpa")}, {"lm": Path("b.arpa"), "lm_weight": 0.1}),
+        *({"insertion_bonus": 1.0}, {"insertion_bonus": -1.0}, {"top_tokens": 9}, {"blank_skip": 0.99}),
+        *({"inventory": Path("swa.txt")}, {"blank_penalty": 0.5}),
+    ]
+    suffixes = [search_suffix(replace(beam, **values)) for values in variants]
+    assert len(set(suffixes)) == len(variants)

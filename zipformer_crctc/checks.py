@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zipformer_crctc.config import STACK_FIELDS, Config, DataConfig, DecodeConfig
+from zipformer_crctc.config import BEAM_SEARCH, GREEDY_SEARCH, STACK_FIELDS, Config, DataConfig, DecodeConfig
 from zipformer_crctc.flags import flag_name, format_value, raise_if_any
 
 # Bounds of a number or of each item of a list. A time mask ratio above 6 would ask for most of the frames.
@@ -19,8 +19,18 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("num_workers", "num_threads", "seed", "num_steps", "start_batch", "iter", "gap"), 0),
     **dict.fromkeys(("cr_loss_scale", "cr_loss_masked_scale", "unsup_cr_ctc_loss_scale", "time_mask_ratio"), 0),
     **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches", "speed_perturbation"), 0),
+    **dict.fromkeys(("lm_weight", "top_tokens", "blank_skip"), 0),
+    "nbest": 1,
+    "beam": 4,
 }
-AT_MOST = {"master_port": 65535, "speed_perturbation": 0.5, "time_mask_ratio": 6, "seed": 2**31 - 1}
+AT_MOST = {
+    "master_port": 65535,
+    "speed_perturbation": 0.5,
+    "time_mask_ratio": 6,
+    "seed": 2**31 - 1,
+    "beam": 64,
+    "blank_skip": 1,
+}
 POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -174,9 +184,20 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
     problems = check_values({**vars(config), **vars(data), **given_model}) + check_model(given_model)
     method = config.decoding_method
     if method in LATTICE_METHODS:
-        problems.append(f"--decoding-method {method}: needs k2 lattices, not there yet; give ctc-greedy-search.")
-    elif method != "ctc-greedy-search":
-        problems.append(f"--decoding-method {method}: unknown; give ctc-greedy-search.")
+        problems.append(
+            f"--decoding-method {method}: needs k2 lattices, not there yet; give {GREEDY_SEARCH} or {BEAM_SEARCH}."
+        )
+    elif method not in (GREEDY_SEARCH, BEAM_SEARCH):
+        problems.append(f"--decoding-method {method}: unknown; give {GREEDY_SEARCH} or {BEAM_SEARCH}.")
+    if method == GREEDY_SEARCH and config.lm is not None:
+        problems.append(f"--lm {config.lm}: {GREEDY_SEARCH} takes none; give --decoding-method {BEAM_SEARCH}.")
+    if config.nbest > config.beam:
+        problems.append(
+            f"--nbest {config.nbest}: must not be above --beam {config.beam}; raise the one or lower the other."
+        )
+    for name in ("lm", "inventory"):
+        if (path := getattr(config, name)) is not None and not path.is_file():
+            problems.append(f"{flag_name(name)} {path}: no such file; correct the path.")
     by_epoch = config.checkpoint is None and config.iter == 0
     if by_epoch and config.use_averaged_model and config.avg >= config.epoch:
         problems.append(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from zipformer_crctc.checks import check_config, check_decode, check_decode_chunks, check_model
-from zipformer_crctc.config import Config, DataConfig, DecodeConfig, ModelConfig, TrainConfig
+from zipformer_crctc.config import BEAM_SEARCH, Config, DataConfig, DecodeConfig, ModelConfig, TrainConfig
 from zipformer_crctc.flags import add_flags, field_docs, flag_name, format_value, raise_if_any, read_flags, to_plain
 from zipformer_crctc.presets import PRESETS, SHORT_PRESETS, with_planned_schedule
 
@@ -77,11 +77,11 @@ class InertDecoding:
     lang_dir: str | None = None
     """Only decoding with a lattice uses it, which is not there yet."""
     lm_dir: str | None = None
-    """Only decoding with a language model uses it, which is not there yet."""
+    """Only decoding with a lattice uses it, which is not there yet; --lm takes an n-gram model of phones."""
     num_paths: int | None = None
-    """Only decoding with n-best lists uses it, which is not there yet."""
+    """Only decoding with a lattice uses it, which is not there yet; --nbest lists hypotheses of the beam search."""
     nbest_scale: float | None = None
-    """Only decoding with n-best lists uses it, which is not there yet."""
+    """Only decoding with a lattice uses it, which is not there yet."""
     hlg_scale: float | None = None
     """Only decoding with a lattice uses it, which is not there yet."""
 
@@ -107,6 +107,8 @@ TRAINING_DATA = (
     *("full_libri", "subset", "bucketing_sampler", "num_buckets", "concatenate_cuts", "duration_factor", "gap"),
     *("shuffle", "drop_last", "enable_spec_aug", "spec_aug_time_warp_factor"),
 )
+# Decoding flags of the beam search.
+BEAM_FLAGS = ("beam", "nbest", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip")
 # Model flags that may differ from the checkpoint when decoding.
 FREE_AT_DECODING = ("chunk_size", "left_context_frames", "use_cr_ctc", "use_unsup_cr_ctc", "warmup_batches")
 
@@ -206,6 +208,11 @@ def parse_decode_args(argv: Sequence[str] | None = None) -> DecodeArgs:
         warnings += [f"{flag_name(name)} has no effect with --checkpoint." for name in unused]
     elif config.iter > 0 and "epoch" in decode:
         warnings.append(f"--epoch has no effect with --iter {config.iter}.")
+    if config.decoding_method != BEAM_SEARCH:
+        unused = [name for name in BEAM_FLAGS if name in decode]
+        warnings += [f"{flag_name(name)} has no effect without --decoding-method {BEAM_SEARCH}." for name in unused]
+    elif "lm_weight" in decode and config.lm is None:
+        warnings.append("--lm-weight has no effect without --lm.")
     return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"])
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "model_from_published",
 ]
 
+GREEDY_SEARCH, BEAM_SEARCH = "ctc-greedy-search", "ctc-prefix-beam-search"
+"""Decoding methods."""
 STACK_FIELDS = (
     "num_encoder_layers",
     "downsampling_factor",
@@ -251,8 +253,27 @@ class DecodeConfig:
     """Average all batches between two checkpoints, by their running averages; False: the checkpoints themselves."""
     exp_dir: Path = Path("zipformer/exp")
     """Folder of the checkpoints; results go to a folder in it named after the decoding method."""
-    decoding_method: str = "ctc-greedy-search"
-    """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped."""
+    decoding_method: str = GREEDY_SEARCH
+    """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped; ctc-prefix-beam-search: the
+    best phone strings by the sum over their alignments, if wished with a language model."""
+    beam: int = 16
+    """Beam search: hypotheses kept per utterance, 4 to 64."""
+    nbest: int = 1
+    """Beam search: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
+    lm: Path | None = None
+    """Beam search: n-gram phone language model, an ARPA file (.gz too), e.g. of local/train_phone_lm.py."""
+    lm_weight: float = 0.5
+    """Beam search: weight of the language model's log-probability."""
+    insertion_bonus: float = 0.0
+    """Beam search: bonus for each phone in nats; above 0 for longer hypotheses."""
+    top_tokens: int = 0
+    """Beam search: only so many symbols of each frame, the most probable ones, may begin in it; 0 is all."""
+    blank_skip: float = 0.0
+    """Beam search: take runs of frames whose blank is at least this probable as one blank, e.g. 0.99; 0 is off."""
+    inventory: Path | None = None
+    """Text file of phones, with white space between them: nothing else can come out."""
+    blank_penalty: float = 0.0
+    """Taken off the blank's log-probability, in nats; above 0 for fewer deletions."""
     test_sets: tuple[str, ...] = ()
     """Comma list of sets of --data-config, by name or "dev" or "test" for all of a kind, or folders; default: test."""
     device: str = "auto"

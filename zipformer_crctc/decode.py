@@ -28,10 +28,10 @@ from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.filters import alignment_problem
 from zipformer_crctc.loader import BatchLoader, build_eval_loader
+from zipformer_crctc.methods import Search, build_search, search_suffix
 from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.model_sizes import sizes_from_state_dict
 from zipformer_crctc.results import UtteranceResult, file_suffix, write_atomically, write_results
-from zipformer_crctc.search import greedy_search
 from zipformer_crctc.table import score_table
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
 from zipformer_crctc.tokenizer import PhoneTokenizer
@@ -74,6 +74,7 @@ def run(args: DecodeArgs) -> None:
     if decode.num_threads:
         torch.set_num_threads(decode.num_threads)
     recogniser = load_recogniser(args, device)
+    search = build_search(decode, recogniser.tokenizer, device, recogniser.config.output_downsampling_factor)
     set_up_logging(folder / "log", rank=0, world_size=1, name="decode")
     for warning in args.warnings:
         logger.warning(warning)
@@ -87,11 +88,12 @@ def run(args: DecodeArgs) -> None:
         )
         for name, path in sets.items()
     }
-    suffix = _suffix(decode, recogniser.config)
+    suffix = _suffix(decode, recogniser.config) + search_suffix(decode)
     for name, loader in loaders.items():
-        results = decode_set(recogniser, loader, device, args.data.remove_diacritics)
+        results = decode_set(recogniser, loader, device, args.data.remove_diacritics, search)
         write_results(folder, name, suffix, decode.decoding_method, results)
         table = score_table(results)
+        write_atomically(folder / f"config-{name}-{suffix}.json", args.to_json() + "\n")
         write_atomically(folder / f"summary-{name}-{suffix}.md", f"# {name}\n\n{table.markdown()}\n")
         print(f"\n{name}\n{table.plain()}", flush=True)
     logger.info("results are in %s", folder)
@@ -184,7 +186,11 @@ def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path
 
 @torch.inference_mode()
 def decode_set(
-    recogniser: Recogniser, loader: BatchLoader, device: torch.device, without_diacritics: bool = False
+    recogniser: Recogniser,
+    loader: BatchLoader,
+    device: torch.device,
+    without_diacritics: bool = False,
+    search: Search | None = None,
 ) -> list[UtteranceResult]:
     """Decode every utterance of a loader.
 
@@ -193,10 +199,12 @@ def decode_set(
         loader: of a set that is scored.
         device: of the model.
         without_diacritics: delete diacritics from the references.
+        search: from log-probs to hypotheses; None is the greedy one.
     """
     results, unalignable = [], []
     unknown = UnknownSymbols()
     tokenizer, factor = recogniser.tokenizer, recogniser.config.output_downsampling_factor
+    search = search or build_search(DecodeConfig(), tokenizer, device, factor)
     started, seconds = time.monotonic(), 0.0
     for batch in loader:
         if batch.is_empty:
@@ -206,8 +214,7 @@ def decode_set(
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
         log_probs, lengths = recogniser.model(features, num_frames)
-        hypotheses = greedy_search(log_probs, lengths, factor=factor)
-        for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
+        for utterance, hypotheses in zip(batch.utterances, search(log_probs, lengths), strict=True):
             text = normalise(utterance.text, tokenizer.pieces, unknown.dropped)
             text = remove_diacritics(text) if without_diacritics else text
             unknown.add(text, tokenizer)
@@ -215,7 +222,7 @@ def decode_set(
                 unalignable.append(utterance.id)
             results.append(
                 UtteranceResult.of(
-                    utterance.id, text, hypothesis, tokenizer, language=utterance.language, speaker=utterance.speaker
+                    utterance.id, text, hypotheses[0], tokenizer, utterance.language, utterance.speaker, hypotheses
                 )
             )
         seconds += batch.seconds

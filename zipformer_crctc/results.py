@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zipformer_crctc.errorstats import error_statistics
 from zipformer_crctc.metrics import align, count_errors
-from zipformer_crctc.search import Hypothesis, frame_time
+from zipformer_crctc.search import Hypothesis
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ class UtteranceResult:
     times: list[float] = field(default_factory=list)
     """The time of each hypothesis phone in seconds."""
     score: float | None = None
-    """Log-probability of the hypothesis in nats."""
+    """Log-probability of the hypothesis in nats; of a beam search with language model and bonus."""
+    nbest: list[dict[str, Any]] = field(default_factory=list)
+    """Where the search gave several hypotheses, all of them, best first: each with hyp, times, score and acoustic, the
+    share of the acoustic model in the score. Hypotheses that differ in word boundaries only are all listed."""
 
     @classmethod
     def of(
@@ -44,27 +48,39 @@ class UtteranceResult:
         tokenizer: PhoneTokenizer,
         language: str = "",
         speaker: str = "",
+        nbest: Sequence[Hypothesis] = (),
     ) -> UtteranceResult:
-        """The result for a search hypothesis and a reference text, which is encoded as it stands (normalise first)."""
-        kept = [
-            (token, frame)
-            for token, frame in zip(hypothesis.tokens, hypothesis.frames, strict=True)
-            if token != tokenizer.boundary_id
-        ]
+        """The result for a search hypothesis and a reference text, which is encoded as it stands (normalise first).
+
+        nbest: all hypotheses of the search; stored if they are several.
+        """
+        hyp, times = _phones_and_times(hypothesis, tokenizer)
+        listed = []
+        for other in nbest if len(nbest) > 1 else ():
+            phones, other_times = _phones_and_times(other, tokenizer)
+            listed.append({"hyp": phones, "times": other_times, "score": other.score, "acoustic": other.acoustic})
         return cls(
             id=id,
             ref=tokenizer.phones(tokenizer.encode(text)),
-            hyp=tokenizer.phones(token for token, _ in kept),
+            hyp=hyp,
             language=language,
             speaker=speaker,
-            times=[frame_time(frame) for _, frame in kept],
+            times=times,
             score=hypothesis.score,
+            nbest=listed,
         )
 
     @property
     def scorable(self) -> bool:
         """Whether there is a reference: an empty one has no error rate."""
         return bool(self.ref)
+
+
+def _phones_and_times(hypothesis: Hypothesis, tokenizer: PhoneTokenizer) -> tuple[list[str], list[float]]:
+    """Without word boundaries."""
+    pairs = zip(hypothesis.tokens, hypothesis.times, strict=True)
+    kept = [(token, time) for token, time in pairs if token != tokenizer.boundary_id]
+    return tokenizer.phones(token for token, _ in kept), [time for _, time in kept]
 
 
 def split_scorable(results: Iterable[UtteranceResult]) -> tuple[list[UtteranceResult], list[UtteranceResult]]:
@@ -125,7 +141,8 @@ def describe_unscorable(results: Sequence[UtteranceResult]) -> str:
 
 
 def json_lines(results: Iterable[UtteranceResult]) -> str:
-    """One JSON object per utterance and line: id, ref, hyp, language, speaker, times (seconds), score (nats)."""
+    """One JSON object per utterance and line: id, ref, hyp, language, speaker, times (seconds), score (nats),
+    nbest."""
     return "".join(json.dumps(asdict(result), ensure_ascii=False) + "\n" for result in results)
 
 

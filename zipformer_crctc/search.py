@@ -1,6 +1,6 @@
-"""Greedy CTC search: the best path, with the time of every phone.
+"""What every search shares, and the greedy one: the best path, with the time of every phone.
 
-Legend: N utterances, T' output frames (20 ms), V pieces.
+Legend: N utterances, T' output frames (20 ms times the model's output downsampling factor), V pieces.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ class Hypothesis:
     frames: list[int]
     """The output frame in which each token begins."""
     score: float
-    """Log-probability of the best path in nats: the sum over all frames of the utterance."""
+    """What the search ranks by, in nats: greedy, the log-probability of the best path; beam, that of all alignments
+    together, plus language model and insertion bonus."""
     factor: int = 1
     """The model's output downsampling factor."""
+    acoustic: float | None = None
+    """The share of the acoustic model in the score, in nats; None where it is all of it."""
 
     @property
     def times(self) -> list[float]:
@@ -40,27 +43,70 @@ def frame_time(frame: int, factor: int = 1) -> float:
     return round(FIRST_FRAME + FRAME_SHIFT * (factor * frame + (factor - 1) / 2), 6)
 
 
-@torch.no_grad()
-def greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0, factor: int = 1) -> list[Hypothesis]:
-    """The best CTC path of every utterance, repeats merged and blanks removed.
+def valid_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """Check the input of a search; return which frames count, (N, T') bool.
 
-    log_probs: (N, T', V), natural logarithms; lengths: (N,), valid output frames of each. A repeat counts as a token of
-    its own where a blank stands between. factor: the model's output downsampling factor, for the times. Raises
-    ValueError where the shapes or lengths do not fit.
-    Source: Graves et al. 2006, "Connectionist temporal classification", section 3.2 (best path decoding).
+    Raises ValueError where shapes or lengths do not fit, or a frame that counts holds NaN.
     """
     if log_probs.dim() != 3:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, expected (N, T', V)")
     num_utterances, num_frames, _ = log_probs.shape
     if lengths.shape != (num_utterances,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected ({num_utterances},)")
-    if num_utterances == 0:
-        return []
-    if int(lengths.min()) < 0 or int(lengths.max()) > num_frames:
+    if num_utterances and (int(lengths.min()) < 0 or int(lengths.max()) > num_frames):
         raise ValueError(f"lengths {lengths.tolist()} do not lie within 0 and T' = {num_frames}")
-
-    best, ids = log_probs.max(dim=2)  # (N, T')
     valid = torch.arange(num_frames, device=log_probs.device) < lengths.to(log_probs.device).unsqueeze(1)
+    # A sum is NaN where one of its terms is, at a fraction of the cost of looking at each.
+    wrong = log_probs.sum(dim=2).isnan() & valid
+    if bool(wrong.any()):
+        for row, frame in wrong.nonzero().tolist():  # infinities of both signs give NaN too
+            if bool(log_probs[row, frame].isnan().any()):
+                raise ValueError(
+                    f"log_probs: NaN in row {row}, frame {frame}; check the features of that utterance and the weights "
+                    "of the checkpoint"
+                )
+    return valid
+
+
+def adjusted(log_probs: Tensor, blank_id: int = 0, blank_penalty: float = 0.0, allowed: Tensor | None = None) -> Tensor:
+    """Log-probabilities (..., V) less a penalty (nats) of the blank, and minus infinity for what cannot come out.
+
+    allowed: (V,) bool, see inventory.py; the blank is always allowed. The input is not changed. Raises ValueError for a
+    mask of another size.
+    """
+    if allowed is not None:
+        if allowed.shape != log_probs.shape[-1:]:
+            raise ValueError(f"allowed has shape {tuple(allowed.shape)}, expected ({log_probs.shape[-1]},)")
+        allowed = allowed.to(log_probs.device).clone()
+        allowed[blank_id] = True
+        log_probs = log_probs.masked_fill(~allowed, float("-inf"))
+    if blank_penalty:
+        offset = log_probs.new_zeros(log_probs.shape[-1])
+        offset[blank_id] = blank_penalty
+        log_probs = log_probs - offset
+    return log_probs
+
+
+@torch.no_grad()
+def greedy_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    blank_id: int = 0,
+    factor: int = 1,
+    blank_penalty: float = 0.0,
+    allowed: Tensor | None = None,
+) -> list[Hypothesis]:
+    """The best CTC path of every utterance, repeats merged and blanks removed.
+
+    log_probs: (N, T', V), natural logarithms; lengths: (N,), valid output frames of each. A repeat counts as a token of
+    its own where a blank stands between. factor: the model's output downsampling factor, for the times. blank_penalty,
+    allowed: see `adjusted`. Raises ValueError where shapes or lengths do not fit, and for NaN.
+    Source: Graves et al. 2006, "Connectionist temporal classification", section 3.2 (best path decoding).
+    """
+    valid = valid_frames(log_probs, lengths)
+    if log_probs.size(0) == 0:
+        return []
+    best, ids = adjusted(log_probs, blank_id, blank_penalty, allowed).max(dim=2)  # (N, T')
     scores = torch.where(valid, best, 0.0).sum(dim=1, dtype=torch.float64).tolist()
     previous = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=blank_id)
     begins = valid & (ids != blank_id) & (ids != previous)
