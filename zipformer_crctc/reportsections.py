@@ -27,7 +27,15 @@ from zipformer_crctc.reportpage import (
     utterance_view,
     verdict,
 )
-from zipformer_crctc.reporttables import Table, comparison_table, feature_table, group_table, p_value, phone_table
+from zipformer_crctc.reporttables import (
+    Table,
+    comparison_table,
+    feature_table,
+    group_table,
+    markdown,
+    p_value,
+    phone_table,
+)
 from zipformer_crctc.scoring import RATES
 
 _MOST_ROWS = 300  # of a table that nobody reads to its end, such as that of speakers
@@ -183,20 +191,20 @@ def _utterances(report: Report, shown: Sequence[ShownUtterance]) -> str:
 
 def markdown_text(report: Report) -> str:
     """The tables."""
-    parts = [f"# Phone recognition: {report.title}"]
+    parts = [f"# Phone recognition: {markdown(report.title)}"]
     if any(scored.results for scored in report.sets):
         parts += [_totals(report).markdown()]
         if report.comparison is not None:
-            parts.append(verdict(report.comparison, report.names))
+            parts.append(markdown(verdict(report.comparison, report.names)))
             parts.append(comparison_table(report.comparison, (report.names[0], report.names[1])).markdown())
         for kind, title in (("corpus", "test set"), ("language", "language")):
             parts.append(f"## By {title}")
             parts += [table.markdown() for table in _group_tables(report, kind, title)]
         parts.append("## By articulatory feature")
         for name, scored in zip(report.names, report.sets, strict=True):
-            parts += [name] if len(report.names) > 1 else []
+            parts += [markdown(name)] if len(report.names) > 1 else []
             parts.append(feature_table(by_feature(scored)).markdown())
         parts.append(_explanation(report))
     else:
         parts.append("No utterance has a reference: nothing is scored.")
-    return "\n\n".join([*parts, *(f"- {note}" for note in report.notes)]) + "\n"
+    return "\n\n".join([*parts, *(f"- {markdown(note)}" for note in report.notes)]) + "\n"

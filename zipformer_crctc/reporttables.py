@@ -12,7 +12,12 @@ from zipformer_crctc.breakdown import FeatureRow, GroupRow, PhoneRow
 from zipformer_crctc.comparison import Comparison
 from zipformer_crctc.scoring import RATES
 
-_MARKDOWN_SPECIALS = str.maketrans({c: f"\\{c}" for c in "\\|*_`[]<>#"})
+_MARKDOWN_SPECIALS = str.maketrans({c: f"\\{c}" for c in "\\|*_`<>#"})
+
+
+def markdown(text: str) -> str:
+    """Text as it is, in Markdown: what has a meaning there is escaped."""
+    return text.translate(_MARKDOWN_SPECIALS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown; what has a meaning there is escaped."""
         rules = ["---" if column < self.num_names else "---:" for column in range(len(self.header))]
-        lines = [self.header, rules, *([cell.translate(_MARKDOWN_SPECIALS) for cell in row] for row in self.rows)]
+        header, *body = ([markdown(cell) for cell in row] for row in (self.header, *self.rows))
+        lines = [header, rules, *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
