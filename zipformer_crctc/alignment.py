@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,19 @@ class Sequences:
         ids = np.array([symbol for sequence in sequences for symbol in sequence], dtype=np.int32)
         return cls(ids, lengths)
 
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(N,), where each sequence ends in `ids`."""
+        return np.cumsum(self.lengths)
+
     def sums(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,), the sum of `values` (S,) over the symbols of each sequence."""
         running = np.concatenate(([0], np.cumsum(values[self.ids], dtype=np.int64)))
-        ends = np.cumsum(self.lengths)
-        return running[ends] - running[ends - self.lengths]
+        return running[self.ends] - running[self.ends - self.lengths]
 
     def padded(self, rows: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
         """(B, longest), the sequences `rows`, filled up with `padding`."""
-        lengths, ends = self.lengths[rows], np.cumsum(self.lengths)[rows]
+        lengths, ends = self.lengths[rows], self.ends[rows]
         columns = np.arange(int(lengths.max(initial=0)))
         inside = columns < lengths[:, None]
         matrix = np.full(inside.shape, padding, dtype=np.int64)
@@ -116,8 +121,9 @@ def _blocks(ref_lengths: NDArray[np.int64], hyp_lengths: NDArray[np.int64]) -> I
     start = 0
     while start < len(order):
         # The longest reference of a block is its first, so this is what the whole block is padded to.
-        rest = order[start:]
-        cells = (int(ref_lengths[rest[0]]) + 1) * (np.maximum.accumulate(hyp_lengths[rest[:_CELLS]]) + 1)
+        height = int(ref_lengths[order[start]]) + 1
+        rest = order[start : start + _CELLS // height + 1]
+        cells = height * (np.maximum.accumulate(hyp_lengths[rest]) + 1)
         size = max(1, int(np.searchsorted(cells * np.arange(1, len(cells) + 1), _CELLS, side="right")))
         yield rest[:size]
         start += size

@@ -109,13 +109,12 @@ def _costs_of_phones(phones: Sequence[str]) -> Costs:
     known = {i: n for i, phone in enumerate(phones) if (n := segment_number(phone)) is not None}
     rows = np.array(list(known), dtype=np.int64)
     features = inventory().costs(np.array(list(known.values()), dtype=np.int64))
-    # What panphon does not know (`<unk>`, a mark alone) is as far from everything as can be.
-    farthest = 2 * len(inventory().features)
-    substitute = np.full((len(phones), len(phones)), farthest, dtype=np.int64)
+    # What panphon does not know is a mark alone (`ʰ`) or `<unk>`: rather left out than paired with another phone.
+    substitute = np.full((len(phones), len(phones)), 4 * len(inventory().features), dtype=np.int64)
     substitute[np.ix_(rows, rows)] = features.substitute
     substitute += _ERROR
     np.fill_diagonal(substitute, 0)
-    indel = np.full(len(phones), farthest, dtype=np.int64)
+    indel = np.zeros(len(phones), dtype=np.int64)
     indel[rows] = features.indel
     return Costs(substitute, indel + _ERROR)
 

@@ -16,7 +16,7 @@ from zipformer_crctc.alignedview import aligned_table
 from zipformer_crctc.breakdown import FeatureRow, GroupRow
 from zipformer_crctc.charts import GROUP_COLOURS, SYSTEM_COLOURS, Bar, HeatMap, bar_chart, heat_map
 from zipformer_crctc.comparison import Comparison
-from zipformer_crctc.metrics import Alignment, ErrorCounts
+from zipformer_crctc.metrics import Alignment, ErrorCounts, segment_number
 from zipformer_crctc.reportdata import Clip
 from zipformer_crctc.reporttables import Table, p_value
 from zipformer_crctc.results import UtteranceResult
@@ -225,7 +225,7 @@ def _alike_together(phones: Sequence[str]) -> list[str]:
     columns = [table.features.index(name) for name in order]
 
     def key(phone: str) -> tuple[bool, list[int], str]:
-        number = table.numbers.get(phone.replace("g", "ɡ"))
+        number = segment_number(phone)
         return number is None, [] if number is None else table.vectors[number, columns].tolist(), phone
 
     return sorted(phones, key=key)
@@ -249,15 +249,15 @@ ERROR_KEY = (
 )
 
 
-def utterance_view(shown: ShownUtterance, names: Sequence[str]) -> str:
-    """Head line, audio, aligned phones and spectrogram of one utterance."""
+def utterance_view(shown: ShownUtterance) -> str:
+    """Head line, audio, aligned phones and spectrogram of one utterance; two systems are called A and B."""
+    names = ["A", "B"] if len(shown.results) > 1 else ["hypothesis"]
     first = shown.results[0]
     where = " · ".join(part for part in (shown.corpus, first.language, first.speaker) if part)
     figures = "; ".join(
         (f"{name}: " if len(names) > 1 else "") + f"PER {c.per:.0f} % ({c.errors} errors, {c.reference_phones} phones)"
         for name, c in zip(names, shown.counts, strict=True)
     )
-    rows = names if len(names) > 1 else ["hypothesis"]
     parts = [f"<h3>{escape(first.id)}<small>{escape(where)} · {escape(figures)}</small></h3>"]
     clip = shown.clip
     if clip is not None and len(clip.samples) <= _LONGEST_CLIP * clip.rate:
@@ -265,7 +265,7 @@ def utterance_view(shown: ShownUtterance, names: Sequence[str]) -> str:
         parts.append(f'<audio controls preload="none" src="data:audio/flac;base64,{source}"></audio>')
     elif clip is not None:
         parts.append(paragraph(f"Audio of {len(clip.samples) / clip.rate:.0f} s is not embedded.", "note"))
-    parts.append(aligned_table(rows, shown.alignments))
+    parts.append(aligned_table(names, shown.alignments))
     if clip is not None:
         short = ["A", "B"] if len(names) > 1 else [""]
         timed = [

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from zipformer_crctc.alignment import alignments
 from zipformer_crctc.metrics import Alignment, FeatureDistance, align_all, count_errors, drop_boundary, join_phones
-from zipformer_crctc.results import UtteranceResult, split_scorable
+from zipformer_crctc.results import UtteranceResult
 from zipformer_crctc.segments import inventory
 
 RATES = ("PER %", "PFER mean", "PFER %")
@@ -61,8 +61,8 @@ class ScoredSet:
 
 def score_set(results: Sequence[UtteranceResult], corpora: Sequence[str]) -> ScoredSet:
     """Align and count; utterances without a reference are put aside."""
-    labels = {id(result): corpus for result, corpus in zip(results, corpora, strict=True)}
-    scored, unscorable = split_scorable(results)
+    labelled = list(zip(results, corpora, strict=True))
+    scored = [result for result, _ in labelled if result.scorable]
     phones = [(drop_boundary(r.ref), drop_boundary(r.hyp)) for r in scored]
     aligned = align_all(phones, by_features=True)
     counts = [count_errors(alignment) for alignment in aligned]
@@ -78,8 +78,8 @@ def score_set(results: Sequence[UtteranceResult], corpora: Sequence[str]) -> Sco
     pairs, rows = _segment_pairs(texts)
     return ScoredSet(
         results=scored,
-        corpora=[labels[id(result)] for result in scored],
-        unscorable=[(labels[id(result)], result.id) for result in unscorable],
+        corpora=[corpus for result, corpus in labelled if result.scorable],
+        unscorable=[(corpus, result.id) for result, corpus in labelled if not result.scorable],
         alignments=aligned,
         columns=columns,
         segment_pairs=pairs,
@@ -96,7 +96,7 @@ def _segment_pairs(texts: Sequence[tuple[str, str]]) -> tuple[NDArray[np.int64],
     rows = np.repeat(np.arange(len(texts)), np.array([len(p) for p in places], dtype=np.int64))
     pairs = np.concatenate([np.empty((0, 2), dtype=np.int64), *places])
     for side, sequences in enumerate((ref, hyp)):
-        starts = np.cumsum(sequences.lengths) - sequences.lengths
+        starts = sequences.ends - sequences.lengths
         inside = pairs[:, side] >= 0
         pairs[inside, side] = numbers[sequences.ids[(starts[rows] + pairs[:, side])[inside]]]
     return pairs, rows
