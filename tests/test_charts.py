@@ -50,7 +50,7 @@ def test_bar_lengths_are_in_proportion() -> None:
 @pytest.mark.parametrize("high", [0.0, 0.4, 7.0, 99.0, 350.0])
 def test_axis_reaches_the_highest_value(high: float) -> None:
     root = ElementTree.fromstring(bar_chart([Bar("a", [high])], "x"))
-    ticks = {float(t.text or "nan") for t in root.findall(f"{SVG}text")}
+    ticks = {float(t.text or "nan") for t in root.findall(f"{SVG}text") if t.text != "x"}
     assert high <= max(ticks) <= max(1.0, 2 * high) and 3 <= len(ticks) <= 12
     ElementTree.fromstring(bar_chart([], "nothing"))
 

@@ -11,7 +11,7 @@ import pytest
 
 from scored_results import random_results
 from shar_folder import write_folder
-from zipformer_crctc import report
+from zipformer_crctc import report, reportsections
 from zipformer_crctc.results import UtteranceResult, json_lines
 
 EVIL = '<script>alert("x")</script>'
@@ -122,6 +122,13 @@ def test_nothing_to_score(tmp_path: Path) -> None:
 def test_all_correct(tmp_path: Path) -> None:
     file = write(tmp_path / "results-a.jsonl", [UtteranceResult("x", ["a"], ["a"])])
     assert "No errors." in run(file, "--output", tmp_path / "report.html")
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reportsections, "_MOST_ROWS", 3)
+    file = write(tmp_path / "results-a.jsonl", random_results(14))
+    page = run(file, "--output", tmp_path / "report.html")
+    assert "<th>4 more with fewer errors</th><td>8</td>" in page
 
 
 @pytest.mark.parametrize(

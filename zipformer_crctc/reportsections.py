@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from zipformer_crctc.bootstrap import NUM_SETS
+from zipformer_crctc.bootstrap import NUM_SETS, Interval
 from zipformer_crctc.breakdown import GroupRow, by_feature, by_group, by_phone, confusions, total
 from zipformer_crctc.charts import SYSTEM_COLOURS
 from zipformer_crctc.comparison import Comparison, compare_languages
@@ -105,11 +106,10 @@ def _most(rows: list[GroupRow]) -> list[GroupRow]:
     ordered = sorted(rows, key=lambda row: -row.counts.errors)
     rest = ordered[_MOST_ROWS:]
     counts = sum((row.counts for row in rest), ErrorCounts())
-    nothing = tuple(float("nan") for _ in RATES)
     name = f"{len(rest)} more with fewer errors"
-    last = GroupRow(
-        name, sum(row.utterances for row in rest), counts, (counts.per, *nothing[1:]), rest[0].intervals[:0]
-    )
+    num_utterances = sum(row.utterances for row in rest)
+    # PFER of several groups is not in their rows; only counts add up.
+    last = GroupRow(name, num_utterances, counts, (counts.per, math.nan, math.nan), 3 * (Interval(),))
     return [*ordered[:_MOST_ROWS], last]
 
 
@@ -186,7 +186,7 @@ def _utterances(report: Report, shown: Sequence[ShownUtterance]) -> str:
         named = paragraph(
             "; ".join(f"{letter}: {name}" for letter, name in zip("AB", report.names, strict=True)), "note"
         )
-    return ERROR_KEY + named + "".join(utterance_view(one, report.names) for one in shown)
+    return ERROR_KEY + named + "".join(utterance_view(one) for one in shown)
 
 
 def markdown_text(report: Report) -> str:
