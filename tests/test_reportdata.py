@@ -82,4 +82,5 @@ def test_clips(tmp_path: Path) -> None:
     assert clip.flac == flac(tone(1.0, seed=1))
     assert np.abs(clip.samples - tone(1.0, seed=1)).max() < 1e-4
     assert any("mine-test, gone: not in" in note for note in notes)
-    assert any("No audio of other" in note and "mine-test" in note for note in notes)
+    assert any("No audio of other, x: not in" in note for note in notes)
+    assert list(read_clips(config, [("any name", "utt-0000")])[0]) == [("any name", "utt-0000")]

@@ -105,7 +105,11 @@ def alignments(refs: Sequences, hyps: Sequences, costs: Costs) -> list[NDArray[n
     result: list[NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)] * len(refs.lengths)
     for rows in _blocks(refs.lengths, hyps.lengths):
         ref, hyp = refs.padded(rows, padding), hyps.padded(rows, padding)
-        gain = np.stack([_lookup(gains, symbols, hyp) for symbols in ref.T]) if ref.size else np.empty((0, 0, 0))
+        gain = (
+            np.stack([_lookup(gains, symbols, hyp) for symbols in ref.T])
+            if ref.size
+            else np.empty((0, 0, 0), gains.dtype)
+        )
         table = np.zeros((ref.shape[1] + 1, len(rows), hyp.shape[1] + 1), dtype=gains.dtype)  # (R+1, B, H+1)
         for i in range(ref.shape[1]):
             table[i + 1] = _next_row(table[i], gain[i])

@@ -97,7 +97,8 @@ def _corpus(path: Path) -> str:
 def read_clips(data_config: Path, wanted: Iterable[tuple[str, str]]) -> tuple[dict[tuple[str, str], Clip], list[str]]:
     """The audio of utterances (corpus, id) from the shar folders of a data config, and notes on what is missing.
 
-    A corpus is a set of the data config by its name, or by a name that begins with it.
+    A corpus is the set of the data config with that name or with one that it begins with; one without such a set is
+    looked for in all sets, by the ids of its utterances.
 
     Raises:
         ValueError: a data config or shar folder that cannot be read.
@@ -111,12 +112,10 @@ def read_clips(data_config: Path, wanted: Iterable[tuple[str, str]]) -> tuple[di
     notes = []
     for corpus, names in by_corpus.items():
         folder = _folder(corpus, folders)
-        if folder is None:
-            notes.append(
-                f"No audio of {corpus}: {data_config} has no such set (it has {', '.join(folders) or 'none'})."
-            )
-            continue
-        found = _find(folder, names)
+        places = [folder] if folder else list(folders.values())
+        found: dict[str, Utterance] = {}
+        for place in places:
+            found |= _find(place, names - set(found))
         for name, utterance in found.items():
             clip = _read(utterance)
             if clip is None:
@@ -124,7 +123,8 @@ def read_clips(data_config: Path, wanted: Iterable[tuple[str, str]]) -> tuple[di
             else:
                 clips[corpus, name] = clip
         if missing := sorted(names - set(found)):
-            notes.append(f"No audio of {corpus}, {', '.join(missing)}: not in {folder}.")
+            where = ", ".join(map(str, places)) or f"any set of {data_config}"
+            notes.append(f"No audio of {corpus}, {', '.join(missing)}: not in {where}.")
     return clips, notes
 
 
@@ -138,7 +138,7 @@ def _folder(corpus: str, folders: Mapping[str, Path]) -> Path | None:
 
 def _find(folder: Path, names: set[str]) -> dict[str, Utterance]:
     found: dict[str, Utterance] = {}
-    for shard in find_shards(folder):
+    for shard in find_shards(folder) if names else []:
         # What cannot be used is not found, and named by the caller.
         for utterance in read_shard(shard, Skipped(), need_text=False):
             if utterance.id in names:
