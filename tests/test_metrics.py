@@ -14,6 +14,7 @@ from zipformer_crctc.metrics import (
     FeatureDistance,
     PferSummary,
     align,
+    align_all,
     count_errors,
     edit_distance,
     group_by,
@@ -92,7 +93,7 @@ def test_names_what_panphon_drops() -> None:
     assert features.distance("▁aʜ b", "aⱱʜb") == 0.0
     assert features.dropped == {"ʜ": 2, "ⱱ": 1}
     assert features.segments("aʜ") == ["a"]
-    features.percent_parts("ʜ", "ʜ")
+    features.percent_parts([("ʜ", "ʜ")])
     assert features.dropped == {"ʜ": 2, "ⱱ": 1}
     features.percent([("aʜ", "a!")])
     assert features.dropped == {"ʜ": 3, "ⱱ": 1}
@@ -130,6 +131,39 @@ def test_equals_the_reference_pairs() -> None:
     summary = PferSummary.of(distances).as_published()
     assert summary["PFER mean"] == content["summary"]["pfer_mean"]
     assert summary["PFER IQR"] == content["summary"]["pfer_iqr"]
+
+
+def test_many_pairs_equal_one_by_one() -> None:
+    rng = random.Random(3)
+    phones = ["p", "tʰ", "kʼ", "ŋ", "ʃ", "aː", "ɛ̃", "u", "t͡s", "g", "ʜ", "¹", "\n", "!"]
+    texts = ["".join(rng.choices(phones, k=rng.choice([0, 1, 5, 40]))) for _ in range(400)]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    together, alone = FeatureDistance(), FeatureDistance()
+    assert together.distances(pairs).tolist() == [alone.distance(*pair) for pair in pairs]
+    assert together.dropped == alone.dropped
+    assert together.dropped["ʜ"] == sum(text.count("ʜ") for text in texts)
+    distances, lengths = together.percent_parts(pairs)
+    assert together.percent(pairs) == pytest.approx(100 * distances.sum() / lengths.sum(), abs=1e-9)
+    assert together.distances([]).shape == (0,)
+
+
+def test_alignment_by_features_pairs_what_is_alike() -> None:
+    assert align("ta", "di") == [("t", "d"), ("a", "i")]
+    (ambiguous,) = align_all([("tas", "d")])
+    assert ("s", "d") in ambiguous
+    (alike,) = align_all([("tas", "d")], by_features=True)
+    assert alike == [("t", "d"), ("a", None), ("s", None)]
+    (unknown,) = align_all([(["k", "ʰ", "<unk>"], ["g"])], by_features=True)
+    assert unknown == [("k", "g"), ("ʰ", None), ("<unk>", None)]
+
+
+def test_alignment_by_features_has_the_fewest_errors() -> None:
+    rng = random.Random(4)
+    pairs = [tuple("".join(rng.choices("tdaisg", k=rng.randrange(9))) for _ in range(2)) for _ in range(200)]
+    for (ref, hyp), alignment in zip(pairs, align_all(pairs, by_features=True), strict=True):
+        assert "".join(r for r, _ in alignment if r) == ref
+        assert "".join(h for _, h in alignment if h) == hyp
+        assert count_errors(alignment).errors == slow_distance(ref, hyp)
 
 
 def test_summary() -> None:

@@ -5,27 +5,33 @@ PFER in two definitions, both on panphon's feature edit distance (Mortensen et a
 distance of an utterance, not divided by anything, with its mean over utterances (Zhu et al. 2025, "ZIPA", section 4);
 and the percent one, 100 times the summed distance over the number of reference phones, as panphon's feature error rate.
 
-Legend: R reference phones, H hypothesis phones.
+Legend: N utterances, R reference phones.
 """
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zipformer_crctc.alignment import Costs, Sequences, alignments, distances
+from zipformer_crctc.segments import inventory
 from zipformer_crctc.tokenizer import BOUNDARY, FIXED_PIECES
 
 Row = TypeVar("Row")
 Alignment = list[tuple[str | None, str | None]]
 """Pairs (reference phone, hypothesis phone); `None` stands for no phone on that side."""
+
+_ERROR = 1 << 32  # outweighs the feature distance of any utterance
+_PAIRS_AT_ONCE = 20_000  # bounds the memory of a call with millions of pairs
+_PUNCTUATION = re.compile(rf"[\s{re.escape(string.punctuation)}]+")
 
 
 @dataclass(frozen=True)
@@ -59,32 +65,10 @@ class ErrorCounts:
         )
 
 
-def _fill(substitute: NDArray[np.int64], delete: NDArray[np.int64], insert: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The edit-distance table (R+1, H+1) for integer costs of substitution (R, H), deletion (R,), insertion (H,).
-
-    Within a row, insertions chain: cost[j] = min over k <= j of candidate[k] + inserted[k+1..j]. With the running sum
-    of insertion costs taken off, that is a running minimum, so each row is a few array operations.
-    """
-    inserted = np.concatenate(([0], np.cumsum(insert)))  # (H+1,)
-    table = np.empty((len(delete) + 1, len(insert) + 1), dtype=np.int64)
-    table[0] = inserted
-    for i, cost in enumerate(delete):
-        candidate = table[i] + cost
-        np.minimum(candidate[1:], table[i, :-1] + substitute[i], out=candidate[1:])
-        table[i + 1] = np.minimum.accumulate(candidate - inserted) + inserted
-    return table
-
-
-def _unit_table(ref: Sequence[str], hyp: Sequence[str]) -> NDArray[np.int64]:
-    ids: dict[str, int] = {}
-    r = np.array([ids.setdefault(phone, len(ids)) for phone in ref], dtype=np.int64)
-    h = np.array([ids.setdefault(phone, len(ids)) for phone in hyp], dtype=np.int64)
-    return _fill((r[:, None] != h).astype(np.int64), np.ones_like(r), np.ones_like(h))
-
-
 def edit_distance(ref: Sequence[str], hyp: Sequence[str]) -> int:
     """Levenshtein distance of two phone sequences."""
-    return int(_unit_table(ref, hyp)[-1, -1])
+    (refs, hyps), phones = _numbered([(ref, hyp)])
+    return int(distances(refs, hyps, Costs.unit(len(phones)))[0])
 
 
 def align(ref: Sequence[str], hyp: Sequence[str]) -> Alignment:
@@ -92,20 +76,52 @@ def align(ref: Sequence[str], hyp: Sequence[str]) -> Alignment:
 
     Of several, the one that, read from the end, takes a pair before a deletion and a deletion before an insertion.
     """
-    table = _unit_table(ref, hyp)
-    i, j = len(ref), len(hyp)
-    pairs: Alignment = []
-    while i or j:
-        if i and j and table[i, j] == table[i - 1, j - 1] + (ref[i - 1] != hyp[j - 1]):
-            i, j = i - 1, j - 1
-            pairs.append((ref[i], hyp[j]))
-        elif i and table[i, j] == table[i - 1, j] + 1:
-            i -= 1
-            pairs.append((ref[i], None))
-        else:
-            j -= 1
-            pairs.append((None, hyp[j]))
-    return pairs[::-1]
+    return align_all([(ref, hyp)])[0]
+
+
+def align_all(pairs: Sequence[tuple[Sequence[str], Sequence[str]]], by_features: bool = False) -> list[Alignment]:
+    """An alignment with the fewest errors for each (reference, hypothesis), many at a time.
+
+    by_features: of several, take the one with the smallest feature distance, so that `t` is paired with `d` rather than
+    with `a`; else (and among several of these) the rule of `align`. The number of errors is the same, their split into
+    substitutions, deletions and insertions may differ.
+    """
+    (refs, hyps), phones = _numbered(pairs)
+    costs = _costs_of_phones(phones) if by_features else Costs.unit(len(phones))
+    return [
+        [(ref[i] if i >= 0 else None, hyp[j] if j >= 0 else None) for i, j in places.tolist()]
+        for (ref, hyp), places in zip(pairs, alignments(refs, hyps, costs), strict=True)
+    ]
+
+
+def _numbered(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> tuple[tuple[Sequences, Sequences], list[str]]:
+    """References and hypotheses as numbers of phones, and the phones."""
+    numbers: dict[str, int] = {}
+    refs, hyps = (
+        Sequences.of([[numbers.setdefault(phone, len(numbers)) for phone in pair[side]] for pair in pairs])
+        for side in (0, 1)
+    )
+    return (refs, hyps), list(numbers)
+
+
+def _costs_of_phones(phones: Sequence[str]) -> Costs:
+    """Costs by which fewest errors come first and the feature distance second."""
+    known = {i: n for i, phone in enumerate(phones) if (n := segment_number(phone)) is not None}
+    rows = np.array(list(known), dtype=np.int64)
+    features = inventory().costs(np.array(list(known.values()), dtype=np.int64))
+    # What panphon does not know is a mark alone (`ʰ`) or `<unk>`: rather left out than paired with another phone.
+    substitute = np.full((len(phones), len(phones)), 4 * len(inventory().features), dtype=np.int64)
+    substitute[np.ix_(rows, rows)] = features.substitute
+    substitute += _ERROR
+    np.fill_diagonal(substitute, 0)
+    indel = np.zeros(len(phones), dtype=np.int64)
+    indel[rows] = features.indel
+    return Costs(substitute, indel + _ERROR)
+
+
+def segment_number(phone: str) -> int | None:
+    """The number of a phone in panphon's inventory; None where it is not exactly one of its segments."""
+    return inventory().numbers.get(unicodedata.normalize("NFD", _with_script_g(phone)))
 
 
 def count_errors(alignment: Alignment) -> ErrorCounts:
@@ -118,7 +134,8 @@ def count_errors(alignment: Alignment) -> ErrorCounts:
 
 def score(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> ErrorCounts:
     """Pooled counts of (reference, hypothesis) phone sequences; `▁` is dropped on both sides."""
-    return sum((count_errors(align(drop_boundary(ref), drop_boundary(hyp))) for ref, hyp in pairs), ErrorCounts())
+    bare = [(drop_boundary(ref), drop_boundary(hyp)) for ref, hyp in pairs]
+    return sum(map(count_errors, align_all(bare)), ErrorCounts())
 
 
 def drop_boundary(phones: Iterable[str]) -> list[str]:
@@ -132,20 +149,6 @@ def group_by(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[R
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return dict(sorted(groups.items()))
-
-
-@cache
-def _feature_table() -> Any:
-    # Imported late: it takes a second or two, and training scores by PER alone.
-    from panphon.featuretable import FeatureTable
-
-    return FeatureTable()
-
-
-# What panphon reads as the tone letters ˩ to ˥.
-_TONE_DIGITS = str.maketrans("¹²³⁴⁵", "˩˨˧˦˥")
-_SCRIPT_G = str.maketrans("g", "ɡ")
-_NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 @dataclass(frozen=True)
@@ -176,78 +179,68 @@ class PferSummary:
 class FeatureDistance:
     """Feature edit distance over panphon's segments, with a count of what panphon does not know.
 
-    A substitution costs the summed difference of the features, an insertion or deletion 1 for each specified and 0.5
-    for each unspecified feature, all divided by the number of features (24).
+    A substitution costs half the summed difference of the features, an insertion or deletion 1 for each specified and
+    0.5 for each unspecified feature, all divided by the number of features (24). Equal to panphon's
+    `feature_edit_distance`.
     """
 
     dropped: Counter[str] = field(default_factory=Counter)
     """Symbols that panphon has no segment for and the distance leaves out; `▁` and white space are not counted."""
-    _segments: dict[str, list[str]] = field(default_factory=dict, repr=False)
-    _vectors: dict[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def segments(self, text: str) -> list[str]:
         """The panphon segments of a text: the longest that fit, from the left, without what panphon does not know."""
-        return [s for s in self._split(text) if s in _feature_table().seg_dict]
+        return [inventory().names[i] for i in inventory().split([text]).sequences.ids]
 
     def distance(self, hyp: str, ref: str) -> float:
         """ZIPA's PFER of an utterance: `g` is read as `ɡ` on both sides; not divided by the length."""
-        hyp, ref = hyp.translate(_SCRIPT_G), ref.translate(_SCRIPT_G)
-        self._count_dropped(hyp, ref)
-        return self._distance(self.segments(hyp), self.segments(ref))
+        return float(self.distances([(hyp, ref)])[0])
+
+    def distances(self, pairs: Iterable[tuple[str, str]]) -> NDArray[np.float64]:
+        """(N,), ZIPA's PFER of each of N (hyp, ref) texts: `distance`, many at a time."""
+        return self._measure([(_with_script_g(hyp), _with_script_g(ref)) for hyp, ref in pairs])[0]
 
     def percent(self, pairs: Iterable[tuple[str, str]]) -> float:
         """The percent PFER of (hyp, ref) texts: 100 times the summed distance over the number of reference phones.
 
         White space and ASCII punctuation are dropped first and `g` is read as `ɡ`. NaN without reference phones.
         """
-        total, num_phones = 0.0, 0
-        for hyp, ref in pairs:
-            self._count_dropped(_bare(hyp), _bare(ref))
-            distance, phones = self.percent_parts(hyp, ref)
-            total += distance
-            num_phones += phones
-        return 100.0 * total / num_phones if num_phones else float("nan")
+        distances, phones = self._measure([(_bare(hyp), _bare(ref)) for hyp, ref in pairs])
+        return 100.0 * float(distances.sum()) / int(phones.sum()) if phones.any() else float("nan")
 
-    def percent_parts(self, hyp: str, ref: str) -> tuple[float, int]:
-        """Distance and number of reference phones of one utterance under the rules of `percent`.
+    def percent_parts(self, pairs: Iterable[tuple[str, str]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Distance and number of reference phones of each of N utterances under the rules of `percent`: (N,), (N,).
 
-        Counts no dropped symbols, so that a report may call it beside `distance`.
+        Counts no dropped symbols, so that a report may call it beside `distances`.
         """
-        hyp_segments, ref_segments = self.segments(_bare(hyp)), self.segments(_bare(ref))
-        return self._distance(hyp_segments, ref_segments), len(ref_segments)
+        return self._measure([(_bare(hyp), _bare(ref)) for hyp, ref in pairs], count=False)
 
-    def _split(self, text: str) -> list[str]:
-        if text not in self._segments:
-            plain = unicodedata.normalize("NFD", text.translate(_TONE_DIGITS))
-            self._segments[text] = _feature_table().segs_safe(plain)
-        return self._segments[text]
+    def _measure(
+        self, pairs: Sequence[tuple[str, str]], count: bool = True
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Distances and numbers of reference segments of (hyp, ref) texts as they stand."""
+        values = np.zeros(len(pairs))
+        lengths = np.zeros(len(pairs), dtype=np.int64)
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            here = slice(start, start + _PAIRS_AT_ONCE)
+            hyps, refs = (inventory().split([pair[side] for pair in pairs[here]]) for side in (0, 1))
+            if count:
+                self._count(hyps.dropped + refs.dropped)
+            costs, _, (ref, hyp) = inventory().compact(refs.sequences, hyps.sequences)
+            # Whole numbers of half features, divided once: the sum is exact.
+            values[here] = distances(ref, hyp, costs) / (2 * len(inventory().features))
+            lengths[here] = ref.lengths
+        return values, lengths
 
-    def _count_dropped(self, *texts: str) -> None:
-        known = _feature_table().seg_dict
-        for text in texts:
-            self.dropped.update(s for s in self._split(text) if s not in known and s != BOUNDARY and not s.isspace())
-
-    def _distance(self, hyp: list[str], ref: list[str]) -> float:
-        h, r = self._matrix(hyp), self._matrix(ref)
-        num_features = len(_feature_table().names)
-        # In units of half a feature all costs are whole numbers, so the sum is exact.
-        substitute = np.abs(r[:, None] - h).sum(axis=2)  # (R, H)
-        delete, insert = (1 + np.abs(r)).sum(axis=1), (1 + np.abs(h)).sum(axis=1)
-        return int(_fill(substitute, delete, insert)[-1, -1]) / (2 * num_features)
-
-    def _matrix(self, segments: list[str]) -> NDArray[np.int64]:
-        """Features of segments, one row each, with values -1, 0, +1."""
-        table = _feature_table()
-        for segment in segments:
-            if segment not in self._vectors:
-                self._vectors[segment] = np.array(table.fts(segment, False).numeric(), dtype=np.int64)
-        rows = [self._vectors[segment] for segment in segments]
-        return np.stack(rows) if rows else np.empty((0, len(table.names)), dtype=np.int64)
+    def _count(self, dropped: Counter[str]) -> None:
+        self.dropped.update({s: n for s, n in dropped.items() if s != BOUNDARY and not s.isspace()})
 
 
 def _bare(text: str) -> str:
-    text = unicodedata.normalize("NFD", "".join(text.split()).translate(_NO_PUNCTUATION))
-    return text.translate(_SCRIPT_G)
+    return _with_script_g(_PUNCTUATION.sub("", unicodedata.normalize("NFD", text)))
+
+
+def _with_script_g(text: str) -> str:
+    return text.replace("g", "ɡ")
 
 
 def join_phones(phones: Iterable[str], left_out: Counter[str] | None = None) -> str:

@@ -148,15 +148,34 @@ def json_lines(results: Iterable[UtteranceResult]) -> str:
 
 def read_json_lines(path: str | Path) -> list[UtteranceResult]:
     """The results that `write_results` stored. Raises ValueError with file and line for one it cannot read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); decode again") from error
     results = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            results.append(UtteranceResult(**json.loads(line)))
+            results.append(_result(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: is not a decoding result ({error}); decode again") from error
     return results
+
+
+def _result(fields: dict[str, Any]) -> UtteranceResult:
+    """The result of one JSON object; a reference that is missing is an empty one. Raises TypeError, ValueError."""
+    if not isinstance(fields, dict):
+        raise TypeError("no JSON object")
+    result = UtteranceResult(**{**fields, "ref": fields.get("ref") or []})
+    texts = [result.id, result.language, result.speaker]
+    for name, phones in (("ref", result.ref), ("hyp", result.hyp)):
+        if not isinstance(phones, list):
+            raise TypeError(f"{name} is {phones!r}, not a list of phones")
+        texts += phones
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} stands where a text belongs")
+    return result
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -74,7 +74,7 @@ def score_table(
     scored, unscorable = split_scorable(results)
     features = FeatureDistance()
     unread = features.dropped
-    pfers = {id(r): _pfer(r, features) for r in scored}
+    pfers = _pfer(scored, features)
 
     def row(name: str, members: Sequence[UtteranceResult]) -> ScoreRow:
         parts = [pfers[id(r)] for r in members]
@@ -94,10 +94,11 @@ def score_table(
     return ScoreTable(groups, row("total", scored), notes, title)
 
 
-def _pfer(result: UtteranceResult, features: FeatureDistance) -> tuple[float, float, int]:
-    """ZIPA's distance, the percent definition's distance, and its number of reference phones."""
-    ref, hyp = (join_phones(phones, features.dropped) for phones in (result.ref, result.hyp))
-    return (features.distance(hyp, ref), *features.percent_parts(hyp, ref))
+def _pfer(results: Sequence[UtteranceResult], features: FeatureDistance) -> dict[int, tuple[float, float, int]]:
+    """By `id`: ZIPA's distance, the percent definition's distance, and its number of reference phones."""
+    pairs = [(join_phones(r.hyp, features.dropped), join_phones(r.ref, features.dropped)) for r in results]
+    parts = features.distances(pairs), *features.percent_parts(pairs)
+    return dict(zip(map(id, results), zip(*(part.tolist() for part in parts), strict=True), strict=True))
 
 
 def _width(text: str) -> int:

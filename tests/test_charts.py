@@ -1,0 +1,87 @@
+"""Charts as SVG."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from zipformer_crctc.bootstrap import Interval
+from zipformer_crctc.charts import Bar, HeatMap, bar_chart, heat_map
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def bars(count: int, num_series: int = 1) -> list[Bar]:
+    values = [[10.0 + i + s for s in range(num_series)] for i in range(count)]
+    return [Bar(f"l{i:02d}", v, [Interval(x - 2, x + 3) for x in v]) for i, v in enumerate(values)]
+
+
+def texts(svg: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(svg).iter(f"{SVG}text"))
+
+
+@pytest.mark.parametrize("num_series", [1, 2])
+@pytest.mark.parametrize("count", [1, 20, 90])
+def test_bars_never_crowd(count: int, num_series: int) -> None:
+    """Labels keep their distance and stay inside, however many there are."""
+    svg = bar_chart(bars(count, num_series), "PER %")
+    root = ElementTree.fromstring(svg)
+    width, height = float(root.attrib["width"]), float(root.attrib["height"])
+    labels = [t for t in texts(svg) if (t.text or "").startswith("l")]
+    heights = [float(t.attrib["y"]) for t in labels]
+    assert len(heights) == count
+    assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
+    assert all(0 < y < height for y in heights)
+    for rect in root.iter(f"{SVG}rect"):
+        assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width - 140
+    figures = [t for t in texts(svg) if "[" in (t.text or "")]
+    assert len(figures) == count * num_series
+
+
+def test_bar_lengths_are_in_proportion() -> None:
+    root = ElementTree.fromstring(bar_chart([Bar("a", [10.0]), Bar("b", [20.0]), Bar("c", [math.nan])], "x"))
+    first, second = (float(rect.attrib["width"]) for rect in root.iter(f"{SVG}rect"))
+    assert second == pytest.approx(2 * first, rel=1e-2)
+
+
+@pytest.mark.parametrize("high", [0.0, 0.4, 7.0, 99.0, 350.0])
+def test_axis_reaches_the_highest_value(high: float) -> None:
+    root = ElementTree.fromstring(bar_chart([Bar("a", [high])], "x"))
+    ticks = {float(t.text or "nan") for t in root.findall(f"{SVG}text") if t.text != "x"}
+    assert high <= max(ticks) <= max(1.0, 2 * high) and 3 <= len(ticks) <= 12
+    ElementTree.fromstring(bar_chart([], "nothing"))
+
+
+def test_text_is_escaped() -> None:
+    evil = '</text><script>alert("x")</script>'
+    charts = (
+        bar_chart([Bar(evil, [1.0], note=evil)], evil),
+        heat_map(HeatMap([evil], [evil], {(0, 0): 1.0}, {(0, 0): evil})),
+    )
+    for svg in charts:
+        assert "<script" not in svg
+        assert not list(ElementTree.fromstring(svg).iter(f"{SVG}script"))
+
+
+def test_heat_map() -> None:
+    content = HeatMap(
+        ["p", "b", "inserted"],
+        ["p", "b", "deleted"],
+        {(0, 0): 0.9, (0, 1): 0.1, (1, 2): 0.001},
+        {(0, 1): "p → b: 3"},
+        frozenset({(0, 0)}),
+        "reference",
+        "hypothesis",
+    )
+    svg = heat_map(content)
+    root = ElementTree.fromstring(svg)
+    cells = root.findall(f"{SVG}g")
+    assert [cell.findtext(f"{SVG}title") for cell in cells] == ["", "p → b: 3", ""]
+    assert [cell.findtext(f"{SVG}text") for cell in cells] == ["90", "10", None]
+    colours = [rect.attrib["fill"] for rect in root.iter(f"{SVG}rect")]
+    grey, red, pale = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours)
+    assert grey[0] == grey[1] == grey[2]
+    assert red[0] > red[1] and sum(pale) > sum(red)

@@ -1,0 +1,106 @@
+"""A spectrogram with the phones of a hypothesis above it, as SVG text that holds its picture.
+
+Legend: S samples, T columns, F frequencies.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WINDOW = 0.008  # seconds: wide-band, so that formants and single glottal pulses show
+_STEP = 0.004  # seconds from column to column of a short utterance
+_MOST_COLUMNS = 1600
+_RANGE = 60.0  # decibels from black to white
+_FFT = 256
+_PRE_EMPHASIS = 0.97
+
+
+def levels(samples: NDArray[np.float32], rate: int) -> NDArray[np.uint8]:
+    """(F, T): 0 for the loudest, 255 for what is 60 dB below it or less; the highest frequency comes first.
+
+    samples: (S,) in [-1, 1], at `rate` Hz.
+    """
+    window = max(2, round(_WINDOW * rate))
+    if len(samples) < window:
+        samples = np.pad(samples, (0, window - len(samples)))
+    step = max(round(_STEP * rate), -(-len(samples) // _MOST_COLUMNS), 1)
+    emphasised = np.append(samples[:1], samples[1:] - _PRE_EMPHASIS * samples[:-1])
+    frames = np.lib.stride_tricks.sliding_window_view(emphasised, window)[::step]  # (T, window)
+    power = np.abs(np.fft.rfft(frames * np.hanning(window), n=max(_FFT, window))) ** 2  # (T, F)
+    decibels = 10 * np.log10(power + 1e-12)
+    below = decibels.max(initial=-120.0) - decibels
+    return np.clip(255 * below / _RANGE, 0, 255).astype(np.uint8).T[::-1]
+
+
+def png(grey: NDArray[np.uint8]) -> bytes:
+    """A grey picture (rows, columns) as a PNG file."""
+    height, width = grey.shape
+    lines = np.concatenate([np.zeros((height, 1), dtype=np.uint8), grey], axis=1)  # each line begins with filter 0
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    picture = zlib.compress(lines.tobytes(), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", picture) + chunk(b"IEND", b"")
+
+
+def spectrogram(
+    samples: NDArray[np.float32], rate: int, rows: Sequence[tuple[str, str, Sequence[str], Sequence[float]]]
+) -> str:
+    """SVG of an utterance: its spectrogram from 0 to half the rate, and rows of phones at their times.
+
+    rows: (name, colour, phones, times in seconds) of each system. A row whose phones and times do not pair up is left
+    out: it has no times.
+    """
+    rows = [row for row in rows if row[2] and len(row[2]) == len(row[3])]
+    seconds = len(samples) / rate
+    left, height, line = 34, 130, 17
+    width = round(min(1400, max(320, 170 * seconds)))
+    top = 2 * line * len(rows) + 4
+    scale = width / max(seconds, 1e-3)
+    source = base64.b64encode(png(levels(samples, rate))).decode()
+    place = f'x="{left}" y="{top}" width="{width}" height="{height}" preserveAspectRatio="none"'
+    parts = [f'<image {place} href="data:image/png;base64,{source}"/>']
+    for kilohertz in range(0, rate // 2000 + 1, 2):
+        y = top + height * (1 - 2000 * kilohertz / rate)
+        parts.append(_label(left - 4, y + 3, f"{kilohertz}" + (" kHz" if not kilohertz else ""), "end"))
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 60) if s * scale >= 45 or s == 60)
+    for number in range(int(seconds / step) + 1):
+        x = left + number * step * scale
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + height}" y2="{top + height + 4}" stroke="#666"/>')
+        parts.append(_label(x, top + height + 14, f"{number * step:g}" + (" s" if number == 0 else ""), "middle"))
+    for place, (name, colour, phones, times) in enumerate(rows):
+        parts.append(_phones(phones, [left + t * scale for t in times], 2 * line * place, line, top + height, colour))
+        parts.append(_label(2, 2 * line * place + line + 3, name, "start"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 12}" height="{top + height + 18}" '
+        f'class="spectrogram" role="img" aria-label="spectrogram">{"".join(parts)}</svg>'
+    )
+
+
+def _phones(phones: Sequence[str], xs: Sequence[float], y: float, line: int, bottom: float, colour: str) -> str:
+    """Phones at their places, each with a line down; one that would touch its neighbour stands lower."""
+    ends = [-1e9, -1e9]  # where the last phone of either line ends
+    parts = []
+    for phone, x in zip(phones, xs, strict=True):
+        half = 5 + 3.5 * len(phone)
+        level = 0 if ends[0] <= x - half else 1 if ends[1] <= x - half or ends[1] < ends[0] else 0
+        ends[level] = x + half
+        base = y + (level + 1) * line - 3
+        line_down = f'x1="{x:.1f}" x2="{x:.1f}" y1="{base + 2:.1f}" y2="{bottom}" stroke="{colour}"'
+        middle = f'x="{x:.1f}" y="{base:.1f}" text-anchor="middle" font-size="15" fill="{colour}"'
+        parts.append(f'<line {line_down} stroke-opacity="0.45" stroke-dasharray="2 3"/>')
+        parts.append(f"<text {middle}>{escape(phone)}</text>")
+    return "".join(parts)
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="10" fill="#666">{escape(text)}</text>'
