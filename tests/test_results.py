@@ -71,6 +71,14 @@ def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert paths["errs"].read_text(encoding="utf-8").startswith("%WER = 60.00\nErrors: 0 insertions, 2 deletions, 1 ")
 
 
+def test_times_follow_the_output_rate() -> None:
+    tokenizer = PhoneTokenizer.from_table()
+    tokens = tokenizer.encode("ka")
+    hypothesis = Hypothesis(tokens, list(range(len(tokens))), 0.0, factor=2)
+    result = UtteranceResult.of("a", "ka", hypothesis, tokenizer)
+    assert result.times == hypothesis.times[-2:] == pytest.approx([0.095, 0.135])
+
+
 def test_json_lines(tmp_path: Path) -> None:
     path = write_results(tmp_path, "dev", "epoch-1-avg-1", "ctc-greedy-search", RESULTS)["results"]
     assert read_json_lines(path) == sorted(RESULTS, key=lambda result: result.id)
