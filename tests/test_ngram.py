@@ -96,9 +96,10 @@ def estimated(path: Path, order: int, predicted: list[int], words: list[int]) ->
 
 
 @pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reason="the package kenlm is not installed")
-@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", [2, 3, 5])
 @pytest.mark.parametrize("with_unknown", [True, False])
 def test_scores_equal_kenlm(tmp_path: Path, order: int, with_unknown: bool) -> None:
+    """It reads no models of 1-grams only."""
     import kenlm
 
     words = list(range(4, 30))
@@ -139,17 +140,17 @@ def test_every_state_is_reached_by_its_tokens(tmp_path: Path) -> None:
         ("ngram 1=5", "ngram one=5", "line 3: 'ngram one=5'"),
         ("ngram 2=4", "ngram 3=4", "line 4: 'ngram 3=4'"),
         ("ngram 1=5", "ngram 1=6", "5 1-grams, but the head of the file says 6"),
-        ("\\2-grams:", "\\4-grams:", "line 15: '\\4-grams:' where \\2-grams:"),
+        ("\\2-grams:", "\\4-grams:", "line 14: '\\4-grams:' where \\2-grams:"),
         ("\\end\\", "\\the end\\", "where \\end\\ is expected"),
-        ("\\end\\", "", "after line 23: the file is cut (in the 3-grams)"),
-        ("-0.5\ta\t-0.25", "-0.5\ta\t-0.25\t-1", "line 12"),
-        ("-0.5\ta\t-0.25", "0.5\ta\t-0.25", "line 12"),
-        ("-0.5\ta\t-0.25", "nan\ta\t-0.25", "line 12"),
-        ("-0.5\ta\t-0.25", "half\ta\t-0.25", "line 12"),
-        ("-0.5\ta\t-0.25", "-0.5\tPH\t-0.25", "line 12: 'PH' is no piece of the tokenizer (1 such symbols: PH)"),
+        ("\\end\\", "", "after line 22: the file is cut (in the 3-grams)"),
+        ("-0.5\ta\t-0.25", "-0.5\ta\t-0.25\t-1", "line 11"),
+        ("-0.5\ta\t-0.25", "0.5\ta\t-0.25", "line 11"),
+        ("-0.5\ta\t-0.25", "nan\ta\t-0.25", "line 11"),
+        ("-0.5\ta\t-0.25", "half\ta\t-0.25", "line 11"),
+        ("-0.5\ta\t-0.25", "-0.5\tPH\t-0.25", "line 11: 'PH' is no piece of the tokenizer (1 such symbols: PH)"),
         ("-0.5\ta\t-0.25", "-0.5\t<blk>\t-0.25", "'<blk>' is no piece"),
         ("-0.5\ta\t-0.25", "-0.5\tb\t-0.25", "'b' stands in the file already"),
-        ("-0.4375\tb a", "-0.4375\tɛ a", "line 18: 'ɛ' is missing from the 1-grams"),
+        ("-0.4375\tb a", "-0.4375\tɛ a", "line 17: 'ɛ' is missing from the 1-grams"),
         ("-0.75\t</s>", "-0.75\tc", "has no </s>"),
     ],
 )

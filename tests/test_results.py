@@ -91,6 +91,25 @@ def test_json_lines(tmp_path: Path) -> None:
         read_json_lines(path)
 
 
+def test_times_follow_the_models_output_rate() -> None:
+    tokenizer = PhoneTokenizer.from_table()
+    tokens = tokenizer.encode("ab")
+    for factor, times in ((1, [0.065, 0.085]), (2, [0.095, 0.135])):
+        hypothesis = Hypothesis(tokens, [0, 1, 2], -1.0, factor)
+        assert UtteranceResult.of("u", "ab", hypothesis, tokenizer).times == times
+
+
+def test_several_hypotheses_are_stored_without_boundaries(tmp_path: Path) -> None:
+    tokenizer = PhoneTokenizer.from_table()
+    found = [Hypothesis(tokenizer.encode(text), list(range(len(text) + 1)), -1.0, 1, -2.0) for text in ("ab", "a")]
+    result = UtteranceResult.of("u", "ab", found[0], tokenizer, nbest=found)
+    assert [entry["hyp"] for entry in result.nbest] == [["a", "b"], ["a"]]
+    assert result.nbest[1] == {"hyp": ["a"], "times": [0.065], "score": -1.0, "acoustic": -2.0}
+    paths = write_results(tmp_path, "dev", "x", "beam", [result])
+    assert read_json_lines(paths["results"]) == [result]
+    assert UtteranceResult.of("u", "ab", found[0], tokenizer, nbest=found[:1]).nbest == []
+
+
 def test_nothing_to_score(tmp_path: Path) -> None:
     paths = write_results(tmp_path, "dev", "epoch-1-avg-1", "ctc-greedy-search", RESULTS[2:])
     assert math.isnan(float(paths["wer-summary"].read_text(encoding="utf-8").split("\t")[-1]))

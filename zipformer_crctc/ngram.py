@@ -170,10 +170,10 @@ def _read(path: Path, pieces: Sequence[str]) -> _Arpa:
     counts, (number, text) = _header(path, lines)
     for length, count in enumerate(counts, start=1):
         if text != f"\\{length}-grams:":
-            raise ArpaError(f"{path}, line {number}: {text!r} where \\{length}-grams: is expected; make the file again")
+            raise ArpaError(f"{path}, line {number}: '{text}' where \\{length}-grams: is expected; make the file again")
         number, text = _section(arpa, length, len(counts), count, lines)
     if text != "\\end\\":
-        raise ArpaError(f"{path}, line {number}: {text!r} where \\end\\ is expected; make the file again")
+        raise ArpaError(f"{path}, line {number}: '{text}' where \\end\\ is expected; make the file again")
     for word in (BEGIN, END):
         if (ids[word],) not in arpa.probs[0]:
             raise ArpaError(f"{path}: has no {word} among its 1-grams; train it on whole utterances")
