@@ -58,7 +58,7 @@ class UtteranceResult:
             hyp=tokenizer.phones(token for token, _ in kept),
             language=language,
             speaker=speaker,
-            times=[frame_time(frame) for _, frame in kept],
+            times=[frame_time(frame, hypothesis.factor) for _, frame in kept],
             score=hypothesis.score,
         )
 
