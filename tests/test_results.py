@@ -29,6 +29,8 @@ def test_result_of_a_hypothesis() -> None:
         "x", ["k", "a", "<unk>"], ["k", "a", "<unk>"], "eng", "s1", [0.085, 0.185, 0.225], -2.0
     )
     assert not UtteranceResult.of("x", " ", hypothesis, tokenizer).scorable
+    slow = UtteranceResult.of("x", "k", Hypothesis([14, 4], [0, 5], -2.0, factor=2), tokenizer)
+    assert slow.times == [0.055, 0.255], "frames of 40 ms, in their middle"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from zipformer_crctc.metrics import Alignment
+from zipformer_crctc.text import visible
+
+_COLUMNS_IN_A_LINE = 32
 
 Column = tuple[str | None, ...]
 """The reference phone and the phone of each system in one place; `None` for no phone."""
@@ -42,13 +45,16 @@ def _by_place(alignment: Alignment) -> list[tuple[list[str], str | None]]:
 
 
 def aligned_table(names: Sequence[str], aligned: Sequence[Alignment]) -> str:
-    """A table with the reference above the row of each named system; errors are coloured by kind."""
+    """The reference above the row of each named system, long ones in several lines; errors are coloured by kind."""
     merged = columns(aligned)
-    rows = [_row("reference", [_reference_cell(column[0]) for column in merged])]
-    for number, name in enumerate(names, start=1):
-        # Where only the other system inserted something, nothing is missing.
-        rows.append(_row(name, [_cell(column[0], column[number]) for column in merged]))
-    return f'<div class="wide"><table class="aligned">{"".join(rows)}</table></div>'
+    lines = [merged[start : start + _COLUMNS_IN_A_LINE] for start in range(0, len(merged), _COLUMNS_IN_A_LINE)]
+    tables = []
+    for line in lines:
+        rows = [_row("reference", [_reference_cell(column[0]) for column in line])]
+        for number, name in enumerate(names, start=1):
+            rows.append(_row(name, [_cell(column[0], column[number]) for column in line]))
+        tables.append(f'<table class="aligned">{"".join(rows)}</table>')
+    return f'<div class="wide">{"".join(tables)}</div>'
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
@@ -56,17 +62,14 @@ def _row(name: str, cells: Sequence[str]) -> str:
 
 
 def _reference_cell(ref: str | None) -> str:
-    return "<td></td>" if ref is None else f"<td>{_shown(ref)}</td>"
+    return "<td></td>" if ref is None else f"<td>{escape(visible(ref))}</td>"
 
 
 def _cell(ref: str | None, hyp: str | None) -> str:
+    # Where only another system inserted something, both are `None`: nothing is missing.
     if ref == hyp:
-        return "<td></td>" if hyp is None else f"<td>{_shown(hyp)}</td>"
+        return "<td></td>" if hyp is None else f"<td>{escape(visible(hyp))}</td>"
     if hyp is None:
         return '<td class="del" title="deleted">∅</td>'
     kind, title = ("ins", "inserted") if ref is None else ("sub", "substituted")
-    return f'<td class="{kind}" title="{title}">{_shown(hyp)}</td>'
-
-
-def _shown(phone: str) -> str:
-    return escape(phone)
+    return f'<td class="{kind}" title="{title}">{escape(visible(hyp))}</td>'

@@ -22,6 +22,7 @@ from zipformer_crctc.reporttables import Table, p_value
 from zipformer_crctc.results import UtteranceResult
 from zipformer_crctc.segments import inventory
 from zipformer_crctc.spectrogram import spectrogram
+from zipformer_crctc.text import visible
 
 MOST_PHONES = 40
 """Rows and columns of the confusion map."""
@@ -42,7 +43,8 @@ th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #eee; whi
 tbody th { text-align: left; font-weight: 500 }
 thead th { color: #666; font-weight: 600; border-bottom: 1px solid #bbb }
 thead th:first-child { text-align: left } summary { cursor: pointer; color: #3b6ea8; margin: 8px 0 }
-.aligned { font-size: 17px } .aligned td { padding: 2px 7px; text-align: center; min-width: 13px; border: 0 }
+.aligned { font-size: 17px; margin-bottom: 10px }
+.aligned td { padding: 2px 7px; text-align: center; min-width: 13px; border: 0 }
 .aligned th { font-size: 13px; font-weight: 500; color: #666; text-align: left; border: 0; position: sticky; left: 0;
   background: #fff }
 .sub { background: #ffe3a8 } .del { background: #f9c5bf; color: #a33 } .ins { background: #c9def5 }
@@ -174,8 +176,8 @@ def confusion_map(counts: Counter[tuple[str | None, str | None]]) -> str:
             else f"{ref} → {hyp or 'deleted'}: {n} ({100 * n / whole:.1f} % of {ref})"
         )
     content = HeatMap(
-        rows=[*chosen, "inserted"],
-        columns=[*chosen, "deleted"],
+        rows=[*map(visible, chosen), "inserted"],
+        columns=[*map(visible, chosen), "deleted"],
         shares=shares,
         notes=notes,
         correct=frozenset((i, i) for i in range(len(chosen))),
@@ -197,7 +199,7 @@ def confusion_table(counts: Counter[tuple[str | None, str | None]]) -> Table:
     wrong = Counter({pair: n for pair, n in counts.items() if pair[0] != pair[1]})
     ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0][0] or "", item[0][1] or ""))
     rows = [
-        [ref or "∅", hyp or "∅", str(n), f"{100 * n / in_ref[ref]:.1f}" if ref else "–"]
+        [visible(ref or "∅"), visible(hyp or "∅"), str(n), f"{100 * n / in_ref[ref]:.1f}" if ref else "–"]
         for (ref, hyp), n in ordered[:_CONFUSIONS_LISTED]
     ]
     return Table(["reference", "hypothesis", "count", "% of reference phone"], rows, num_names=2)

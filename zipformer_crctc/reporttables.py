@@ -11,6 +11,7 @@ from zipformer_crctc.bootstrap import Interval
 from zipformer_crctc.breakdown import FeatureRow, GroupRow, PhoneRow
 from zipformer_crctc.comparison import Comparison
 from zipformer_crctc.scoring import RATES
+from zipformer_crctc.text import visible
 
 _MARKDOWN_SPECIALS = str.maketrans({c: f"\\{c}" for c in "\\|*_`<>#"})
 
@@ -93,7 +94,7 @@ def phone_table(rows: Sequence[PhoneRow]) -> Table:
         header,
         [
             [
-                row.phone,
+                visible(row.phone),
                 str(row.counts.reference_phones),
                 with_interval(row.per, row.per_interval, 1),
                 *(str(n) for n in (row.counts.insertions, row.counts.deletions, row.counts.substitutions)),

@@ -14,6 +14,8 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from zipformer_crctc.text import visible
+
 _WINDOW = 0.008  # seconds: wide-band, so that formants and single glottal pulses show
 _STEP = 0.004  # seconds from column to column of a short utterance
 _MOST_COLUMNS = 1600
@@ -62,16 +64,17 @@ def spectrogram(
     """
     rows = [row for row in rows if row[2] and len(row[2]) == len(row[3])]
     seconds = len(samples) / rate
-    left, height, line = 34, 130, 17
+    left, height, line = 40, 130, 17
     width = round(min(1400, max(320, 170 * seconds)))
     top = 2 * line * len(rows) + 4
     scale = width / max(seconds, 1e-3)
     source = base64.b64encode(png(levels(samples, rate))).decode()
     place = f'x="{left}" y="{top}" width="{width}" height="{height}" preserveAspectRatio="none"'
     parts = [f'<image {place} href="data:image/png;base64,{source}"/>']
-    for kilohertz in range(0, rate // 2000 + 1, 2):
+    highest = rate // 2000
+    for kilohertz in range(highest % 2, highest + 1, 2):
         y = top + height * (1 - 2000 * kilohertz / rate)
-        parts.append(_label(left - 4, y + 3, f"{kilohertz}" + (" kHz" if not kilohertz else ""), "end"))
+        parts.append(_label(left - 4, y + 4, f"{kilohertz}" + (" kHz" if kilohertz == highest else ""), "end"))
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 60) if s * scale >= 45 or s == 60)
     for number in range(int(seconds / step) + 1):
         x = left + number * step * scale
@@ -98,7 +101,7 @@ def _phones(phones: Sequence[str], xs: Sequence[float], y: float, line: int, bot
         line_down = f'x1="{x:.1f}" x2="{x:.1f}" y1="{base + 2:.1f}" y2="{bottom}" stroke="{colour}"'
         middle = f'x="{x:.1f}" y="{base:.1f}" text-anchor="middle" font-size="15" fill="{colour}"'
         parts.append(f'<line {line_down} stroke-opacity="0.45" stroke-dasharray="2 3"/>')
-        parts.append(f"<text {middle}>{escape(phone)}</text>")
+        parts.append(f"<text {middle}>{escape(visible(phone))}</text>")
     return "".join(parts)
 
 

@@ -179,8 +179,12 @@ def name_symbols(counts: Counter[str]) -> str:
     return ", ".join(f"{count} x {_show(symbol)}" for symbol, count in ordered)
 
 
+def visible(symbol: str) -> str:
+    """A symbol to look at: a combining mark alone gets a carrier."""
+    return f"◌{symbol}" if symbol and unicodedata.combining(symbol[0]) else symbol
+
+
 def _show(symbol: str) -> str:
     if len(symbol) != 1:
         return repr(symbol)
-    shown = repr(f"◌{symbol}" if unicodedata.combining(symbol) else symbol)
-    return f"{shown} (U+{ord(symbol):04X} {unicodedata.name(symbol, 'without a name')})"
+    return f"{visible(symbol)!r} (U+{ord(symbol):04X} {unicodedata.name(symbol, 'without a name')})"
