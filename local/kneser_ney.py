@@ -119,7 +119,7 @@ def _adjusted_counts(stream: Keys, reach: Keys, model: KneserNey, order: int) ->
             others, before = np.unique(occurring[length][0] % model.base**length, return_counts=True)
             merged = np.concatenate((keys[begins], others))
             place = np.argsort(merged)
-            keys, counts = merged[place], np.concatenate((counts[begins], before))[place]
+            keys, counts = merged[place], np.concatenate((counts[begins], before)).astype(np.int64)[place]
         if length == 1:
             kept = keys != model.begin
             keys, counts = _with_unseen(keys[kept], counts[kept], model)
@@ -128,10 +128,11 @@ def _adjusted_counts(stream: Keys, reach: Keys, model: KneserNey, order: int) ->
 
 
 def _occurring(stream: Keys, reach: Keys, length: int, base: int) -> tuple[Keys, NDArray[np.int64]]:
-    keys = np.zeros(max(len(stream) - length + 1, 0), dtype=np.int64)
+    keys: Keys = np.zeros(max(len(stream) - length + 1, 0), dtype=np.int64)
     for position in range(length):
         keys = keys * base + stream[position : position + len(keys)]
     inside = reach[length - 1 :] >= length
+    unique: Keys
     unique, counts = np.unique(keys[inside], return_counts=True)
     return unique, counts.astype(np.int64)
 
@@ -185,7 +186,7 @@ def write_arpa(model: KneserNey, path: Path) -> None:
     with part.open("wb") as raw:
         # Without a time stamp, so that the same texts give the same file.
         packed = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
-        text = io.TextIOWrapper(packed, encoding="utf-8", newline="\n")  # type: ignore[type-var]
+        text = io.TextIOWrapper(packed, encoding="utf-8", newline="\n")
         _write(model, text)
         text.flush()
         text.detach()

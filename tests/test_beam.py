@@ -113,8 +113,9 @@ def plain_search(
             for c in range(1, len(values)):
                 if c in allowed or (*labels, c) in hypotheses:
                     mass = (blank if labels and labels[-1] == c else both) + values[c]
-                    old = new[(*labels, c)]
-                    new[(*labels, c)] = (old[0], float(np.logaddexp(old[1], mass)))
+                    longer = (*labels, c)
+                    old = new[longer]
+                    new[longer] = (old[0], float(np.logaddexp(old[1], mass)))
         ranked = sorted(new, key=lambda labels: -np.logaddexp(*new[labels]) - prior(labels, end=False))
         hypotheses = {labels: new[labels] for labels in ranked[:beam]}
     scores = {labels: float(np.logaddexp(*masses)) + prior(labels, end=True) for labels, masses in hypotheses.items()}

@@ -180,7 +180,7 @@ def test_search_suffixes_tell_runs_apart() -> None:
     beam = DecodeConfig(decoding_method="ctc-prefix-beam-search")
     assert search_suffix(DecodeConfig()) == ""
     assert search_suffix(beam) == "-beam-16"
-    variants = [
+    variants: list[dict[str, Any]] = [
         *({"beam": 4}, {"lm": Path("x/a.arpa.gz")}, {"lm": Path("b.arpa")}, {"lm": Path("b.arpa"), "lm_weight": 0.1}),
         *({"insertion_bonus": 1.0}, {"insertion_bonus": -1.0}, {"top_tokens": 9}, {"blank_skip": 0.99}),
         *({"inventory": Path("swa.txt")}, {"blank_penalty": 0.5}),

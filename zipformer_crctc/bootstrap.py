@@ -76,7 +76,7 @@ def intervals(rates: NDArray[np.float64], level: float = LEVEL) -> list[Interval
     return found
 
 
-def difference(value: float, resampled: NDArray[np.float64], level: float = LEVEL) -> Difference:
+def difference(value: float, resampled: NDArray[np.floating], level: float = LEVEL) -> Difference:
     """The difference `value` with what it is in the resampled sets (B,)."""
     known = resampled[~np.isnan(resampled)]
     if not len(known):

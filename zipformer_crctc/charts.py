@@ -137,7 +137,7 @@ def heat_map(content: HeatMap, cell: int = 19) -> str:
         # Single letters stand upright; words are turned.
         upright = len(label) <= 2
         place = {"anchor": "middle"} if upright else {"anchor": "start", "turn": -90}
-        parts.append(_text(x if upright else x + 4.5, top - 6, label, size=13, **place))  # type: ignore[arg-type]
+        parts.append(_text(x if upright else x + 4.5, top - 6, label, size=13, **place))
     across, down = left + cell * len(content.columns), top + cell * len(content.rows)
     for row in range(len(content.rows) + 1):
         y = top + row * cell

@@ -209,8 +209,8 @@ def parse_decode_args(argv: Sequence[str] | None = None) -> DecodeArgs:
     elif config.iter > 0 and "epoch" in decode:
         warnings.append(f"--epoch has no effect with --iter {config.iter}.")
     if config.decoding_method != BEAM_SEARCH:
-        unused = [name for name in BEAM_FLAGS if name in decode]
-        warnings += [f"{flag_name(name)} has no effect without --decoding-method {BEAM_SEARCH}." for name in unused]
+        without = f"has no effect without --decoding-method {BEAM_SEARCH}."
+        warnings += [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in decode]
     elif "lm_weight" in decode and config.lm is None:
         warnings.append("--lm-weight has no effect without --lm.")
     return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"])

@@ -15,7 +15,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +59,8 @@ class NgramLM:
 
     def to(self, device: torch.device | str) -> NgramLM:
         """The same model on a device."""
-        tensors = (tensor.to(device) for tensor in (self.scores, self.following, self.final))
-        return NgramLM(*tensors, self.start, self.order, self.source)
+        scores, following, final = (tensor.to(device) for tensor in (self.scores, self.following, self.final))
+        return replace(self, scores=scores, following=following, final=final)
 
     def token_scores(self, tokens: Sequence[int]) -> list[float]:
         """Log-probability of each token of an utterance and of its end, in nats."""
@@ -186,7 +186,8 @@ def _cut(path: Path, number: int, what: str) -> ArpaError:
 
 def _header(path: Path, lines: Iterator[tuple[int, str]]) -> tuple[list[int], tuple[int, str]]:
     """The number of n-grams of each length, and the first line after them."""
-    number, counts, started = 0, [], False
+    counts: list[int] = []
+    number, started = 0, False
     for number, text in lines:
         if not started:
             started = text == "\\data\\"

@@ -75,10 +75,11 @@ def _list(keys: Sequence[tuple[str, str]]) -> str:
 
 def _chosen(sets: Sequence[ScoredSet], comparison: Comparison | None, count: int) -> dict[str, list[ShownUtterance]]:
     """The worst utterances; of two systems also those that differ most."""
+    rows: list[tuple[int, ...]]
     if comparison is None:
         rows = [(i,) for i in range(len(sets[0].results))] if len(sets) == 1 else []
     else:
-        rows = list(zip(*comparison.common, strict=True))  # type: ignore[arg-type]
+        rows = list(zip(*comparison.common, strict=True))
     counts = {row: [count_errors(scored.alignments[i]) for scored, i in zip(sets, row, strict=True)] for row in rows}
 
     def shown(row: tuple[int, ...]) -> ShownUtterance:

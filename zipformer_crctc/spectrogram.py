@@ -80,9 +80,9 @@ def spectrogram(
         x = left + number * step * scale
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + height}" y2="{top + height + 4}" stroke="#666"/>')
         parts.append(_label(x, top + height + 14, f"{number * step:g}" + (" s" if number == 0 else ""), "middle"))
-    for place, (name, colour, phones, times) in enumerate(rows):
-        parts.append(_phones(phones, [left + t * scale for t in times], 2 * line * place, line, top + height, colour))
-        parts.append(_label(2, 2 * line * place + line + 3, name, "start"))
+    for row, (name, colour, phones, times) in enumerate(rows):
+        parts.append(_phones(phones, [left + t * scale for t in times], 2 * line * row, line, top + height, colour))
+        parts.append(_label(2, 2 * line * row + line + 3, name, "start"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 12}" height="{top + height + 18}" '
         f'class="spectrogram" role="img" aria-label="spectrogram">{"".join(parts)}</svg>'
