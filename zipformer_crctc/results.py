@@ -10,12 +10,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from zipformer_crctc.errorstats import error_statistics
 from zipformer_crctc.metrics import align, count_errors
 from zipformer_crctc.search import Hypothesis, frame_time
+from zipformer_crctc.times import Segment
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,14 @@ class UtteranceResult:
     """The time of each hypothesis phone in seconds."""
     score: float | None = None
     """Log-probability of the hypothesis in nats."""
+    starts: list[float] = field(default_factory=list)
+    """Where each hypothesis phone begins, in seconds."""
+    ends: list[float] = field(default_factory=list)
+    """Where each hypothesis phone ends, in seconds."""
+    confidence: list[float] = field(default_factory=list)
+    """The mean posterior of each hypothesis phone over its frames."""
+    duration: float | None = None
+    """Seconds of audio."""
 
     @classmethod
     def of(
@@ -57,9 +66,27 @@ class UtteranceResult:
             hyp=tokenizer.phones(token for token, _ in kept),
             language=language,
             speaker=speaker,
-            times=[frame_time(frame) for _, frame in kept],
+            times=[frame_time(frame, hypothesis.factor) for _, frame in kept],
             score=hypothesis.score,
         )
+
+    def with_segments(self, segments: Sequence[Segment], duration: float) -> UtteranceResult:
+        """The same result with its phones in time; segments: one for each hypothesis phone."""
+        if [segment.phone for segment in segments] != self.hyp:
+            raise ValueError(f"utterance {self.id}: segments of other phones than those of the hypothesis")
+        return replace(
+            self,
+            starts=[segment.start for segment in segments],
+            ends=[segment.end for segment in segments],
+            confidence=[segment.confidence for segment in segments],
+            duration=duration,
+        )
+
+    def segments(self) -> list[Segment]:
+        """The hypothesis phones in time; none for a result without `starts`."""
+        if not self.starts:
+            return []
+        return [Segment(*values) for values in zip(self.hyp, self.starts, self.ends, self.confidence, strict=True)]
 
     @property
     def scorable(self) -> bool:
@@ -125,7 +152,7 @@ def describe_unscorable(results: Sequence[UtteranceResult]) -> str:
 
 
 def json_lines(results: Iterable[UtteranceResult]) -> str:
-    """One JSON object per utterance and line: id, ref, hyp, language, speaker, times (seconds), score (nats)."""
+    """One JSON object per utterance and line: the fields of UtteranceResult; times in seconds, the score in nats."""
     return "".join(json.dumps(asdict(result), ensure_ascii=False) + "\n" for result in results)
 
 
