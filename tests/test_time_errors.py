@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zipformer_crctc.alignment import force_align
+from zipformer_crctc.forced_alignment import force_align
 from zipformer_crctc.shar import Utterance
 from zipformer_crctc.time_errors import (
     Event,

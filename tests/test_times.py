@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zipformer_crctc.alignment import ForcedAlignment, force_align
+from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
 from zipformer_crctc.search import frame_time, greedy_search
 from zipformer_crctc.times import (
     Segment,

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script
 
 import torch
 
-from zipformer_crctc.alignment import force_align
+from zipformer_crctc.forced_alignment import force_align
 from zipformer_crctc.audiotable import read_audio_table, table_batches
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
 from zipformer_crctc.config import DecodeConfig

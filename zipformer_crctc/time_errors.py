@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script
 import numpy as np
 import torch
 
-from zipformer_crctc.alignment import ForcedAlignment, force_align
+from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
 from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.loader import BatchLoader, build_eval_loader

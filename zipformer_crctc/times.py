@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zipformer_crctc.alignment import ForcedAlignment, force_align
+from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
 from zipformer_crctc.search import Hypothesis, frame_time
 from zipformer_crctc.tokenizer import PhoneTokenizer
 

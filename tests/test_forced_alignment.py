@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zipformer_crctc.alignment import ForcedAlignment, force_align
+from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
 from zipformer_crctc.filters import frames_needed
 
 
