@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from local.audio import AudioError, load_audio
 from local.shar import Recording, ShardStats, clear_shards, cuts_name, recording_name, write_shard
+from zipformer_crctc.audio import AudioError, load_audio
 from zipformer_crctc.text import UnknownSymbols, normalise
 from zipformer_crctc.tokenizer import PhoneTokenizer
 

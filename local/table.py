@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 import re
 from collections import Counter
@@ -12,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from local.corpus import SPLITS, Row, Skipped, safe_id
+from zipformer_crctc.audiotable import find_columns, read_cells
 
-REQUIRED = ("audio", "text")
 OPTIONAL = ("language", "speaker", "split", "id")
 SPLIT_NAMES = {
     "train": "train",
@@ -35,8 +33,8 @@ def read_table(path: Path) -> tuple[dict[str, list[Row]], list[Skipped]]:
     Audio paths are relative to the table's folder. Raises ValueError for a table without the columns audio and text,
     without rows, or that is not UTF-8.
     """
-    header, lines = _read_cells(path)
-    columns = _columns(path, header)
+    header, lines = read_cells(path)
+    columns = find_columns(path, header, OPTIONAL)
     rows: list[tuple[Row, str, str]] = []  # row, its split if given, its audio as the table has it
     skipped: list[Skipped] = []
     taken: Counter[str] = Counter()
@@ -57,49 +55,6 @@ def read_table(path: Path) -> tuple[dict[str, list[Row]], list[Skipped]]:
         row = Row(identity, audio, value["text"], value.get("language", ""), value.get("speaker", ""))
         rows.append((row, SPLIT_NAMES.get(split.lower(), ""), value["audio"]))
     return _split(rows), skipped
-
-
-def _read_cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, cells) of every line that is not empty."""
-    if not path.is_file():
-        raise ValueError(
-            f"table {path} does not exist: --source names a tsv or csv file with the columns audio and text"
-        )
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"table {path} is not UTF-8 ({error}): save it as UTF-8") from error
-    first = content.split("\n", 1)[0]
-    delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else max("\t,;", key=first.count)
-    lines = io.StringIO(content, newline="")
-    # In tab-separated tables a quotation mark is a letter like others (X-SAMPA stress, for one).
-    if delimiter == "\t":
-        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines, delimiter=delimiter)
-    try:
-        cells = [(reader.line_num, line) for line in reader if any(cell.strip() for cell in line)]
-    except csv.Error as error:
-        raise ValueError(f"table {path}, line {reader.line_num}: {error}") from error
-    if len(cells) < 2:
-        raise ValueError(f"table {path} has no rows: a header line with audio and text, then a line for each recording")
-    return [cell.strip().lower() for cell in cells[0][1]], cells[1:]
-
-
-def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:
-    missing = [name for name in REQUIRED if name not in header]
-    if missing:
-        raise ValueError(
-            f"table {path} has no column {' and no column '.join(missing)}; its first line gives "
-            f"{', '.join(map(repr, header))}, expected audio, text and perhaps {', '.join(OPTIONAL)}"
-        )
-    twice = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"table {path} has the column {twice[0]} {header.count(twice[0])} times: keep one")
-    ignored = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
-    if ignored:
-        logging.info("columns not used: %s", ", ".join(map(repr, ignored)))
-    return {name: header.index(name) for name in (*REQUIRED, *OPTIONAL) if name in header}
 
 
 def _unique(identity: str, taken: Counter[str]) -> str:

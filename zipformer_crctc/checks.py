@@ -44,6 +44,7 @@ UNSUPPORTED = {
     ("use_ctc", False): "CTC is the only head that is there; give True.",
     ("concatenate_cuts", True): "concatenation of utterances is not there yet; give False.",
 }
+OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid")
 LATTICE_METHODS = (
     "ctc-decoding",
     "1best",
@@ -182,6 +183,11 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
 def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[str, Any]) -> list[str]:
     """Problems of a decoding configuration and of the model flags given beside it."""
     problems = check_values({**vars(config), **vars(data), **given_model}) + check_model(given_model)
+    problems += [
+        f"--output-formats {name}: unknown; give any of {','.join(OUTPUT_FORMATS)}."
+        for name in config.output_formats
+        if name not in OUTPUT_FORMATS
+    ]
     method = config.decoding_method
     if method in LATTICE_METHODS:
         problems.append(

@@ -147,11 +147,15 @@ class DecodeArgs:
     given_model: Mapping[str, Any]
     warnings: tuple[str, ...]
     print_config: bool
+    own: Any = None
+    """The flags that only this program has; None for decode.py."""
 
     def to_json(self) -> str:
         """The whole configuration, for --print-config; a model field is null where the checkpoint decides."""
         model = {field.name: self.given_model.get(field.name) for field in fields(ModelConfig)}
         parts = {"decode": to_plain(self.decode), "data": to_plain(self.data), "model": model}
+        if self.own is not None:
+            parts["own"] = to_plain(self.own)
         return json.dumps(parts, indent=2, ensure_ascii=False)
 
 
@@ -188,17 +192,24 @@ def parse_train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     return TrainArgs(config, tuple(warnings), given["print_config"])
 
 
-def parse_decode_args(argv: Sequence[str] | None = None) -> DecodeArgs:
+def parse_decode_args(
+    argv: Sequence[str] | None = None,
+    own: type | None = None,
+    description: str = "Decode test sets and score them.",
+) -> DecodeArgs:
     """Configuration of decode.py; model sizes need not be given.
 
+    Other programs that use a trained model have the same flags, and those of the frozen dataclass ``own`` besides.
     ``argv`` is without the program's name, None for the process's own. Raises ConfigError; exits with status 2 for a
     flag that does not exist and with 0 for --help.
     """
-    parser = _parser("Decode test sets and score them.", DecodeConfig, DataConfig, ModelConfig, InertDecoding)
+    groups = (DecodeConfig, DataConfig, ModelConfig, InertDecoding)
+    parser = _parser(description, *((own,) if own is not None else ()), *groups)
     given = vars(parser.parse_args(argv))
     problems: list[str] = []
     model, data, decode = (read_flags(given, cls, problems) for cls in (ModelConfig, DataConfig, DecodeConfig))
     inert, other = (read_flags(given, cls, problems) for cls in (InertDecoding, OtherHeads))
+    own_flags = own(**read_flags(given, own, problems)) if own is not None else None
     config, data_config = DecodeConfig(**decode), DataConfig(**data)
     raise_if_any([*problems, *check_decode(config, data_config, model)])
     warnings = [*_inert_warnings(OtherHeads, other), *_inert_warnings(InertDecoding, inert)]
@@ -213,7 +224,7 @@ def parse_decode_args(argv: Sequence[str] | None = None) -> DecodeArgs:
         warnings += [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in decode]
     elif "lm_weight" in decode and config.lm is None:
         warnings.append("--lm-weight has no effect without --lm.")
-    return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"])
+    return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"], own_flags)
 
 
 def resolve_model(stored: ModelConfig, given: Mapping[str, Any]) -> ModelConfig:

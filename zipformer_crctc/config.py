@@ -276,6 +276,10 @@ class DecodeConfig:
     """Taken off the blank's log-probability, in nats; above 0 for fewer deletions."""
     test_sets: tuple[str, ...] = ()
     """Comma list of sets of --data-config, by name or "dev" or "test" for all of a kind, or folders; default: test."""
+    output_formats: tuple[str, ...] = ("jsonl",)
+    """Comma list of jsonl (always written), ctm and textgrid: files with the phones in time."""
+    time_correction: Path | None = None
+    """JSON file with the correction of the times that time_errors.py fitted; without it the built-in one."""
     device: str = "auto"
     """auto (GPU if there is one), cpu or cuda."""
     num_threads: int = 0

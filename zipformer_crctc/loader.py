@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from zipformer_crctc.audio import AudioError
 from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, OrderSettings, TrainOrder
 from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
 from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
@@ -64,10 +65,6 @@ class Batch:
         """The batch with its tensors on ``device``."""
         features = self.features.to(device, non_blocking=True)
         return replace(self, features=features, num_frames=self.num_frames.to(device, non_blocking=True))
-
-
-class AudioError(ValueError):
-    """Audio of one utterance that cannot be used."""
 
 
 class AudioReader:

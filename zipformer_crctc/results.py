@@ -10,13 +10,14 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from zipformer_crctc.errorstats import error_statistics
 from zipformer_crctc.metrics import align, count_errors
 from zipformer_crctc.search import Hypothesis
+from zipformer_crctc.times import Segment
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,14 @@ class UtteranceResult:
     nbest: list[dict[str, Any]] = field(default_factory=list)
     """Where the search gave several hypotheses, all of them, best first: each with hyp, times, score and acoustic, the
     share of the acoustic model in the score. Hypotheses that differ in word boundaries only are all listed."""
+    starts: list[float] = field(default_factory=list)
+    """Where each hypothesis phone begins, in seconds."""
+    ends: list[float] = field(default_factory=list)
+    """Where each hypothesis phone ends, in seconds."""
+    confidence: list[float] = field(default_factory=list)
+    """The mean posterior of each hypothesis phone over its frames."""
+    duration: float | None = None
+    """Seconds of audio."""
 
     @classmethod
     def of(
@@ -69,6 +78,24 @@ class UtteranceResult:
             score=hypothesis.score,
             nbest=listed,
         )
+
+    def with_segments(self, segments: Sequence[Segment], duration: float) -> UtteranceResult:
+        """The same result with its phones in time; segments: one for each hypothesis phone."""
+        if [segment.phone for segment in segments] != self.hyp:
+            raise ValueError(f"utterance {self.id}: segments of other phones than those of the hypothesis")
+        return replace(
+            self,
+            starts=[segment.start for segment in segments],
+            ends=[segment.end for segment in segments],
+            confidence=[segment.confidence for segment in segments],
+            duration=duration,
+        )
+
+    def segments(self) -> list[Segment]:
+        """The hypothesis phones in time; none for a result without `starts`."""
+        if not self.starts:
+            return []
+        return [Segment(*values) for values in zip(self.hyp, self.starts, self.ends, self.confidence, strict=True)]
 
     @property
     def scorable(self) -> bool:
@@ -141,8 +168,7 @@ def describe_unscorable(results: Sequence[UtteranceResult]) -> str:
 
 
 def json_lines(results: Iterable[UtteranceResult]) -> str:
-    """One JSON object per utterance and line: id, ref, hyp, language, speaker, times (seconds), score (nats),
-    nbest."""
+    """One JSON object per utterance and line: the fields of UtteranceResult; times in seconds, the score in nats."""
     return "".join(json.dumps(asdict(result), ensure_ascii=False) + "\n" for result in results)
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
-from local.shar import SAMPLING_RATE
+from zipformer_crctc.features import SAMPLING_RATE
 
 UNKNOWN_SIZE = (0, 0xFFFFFFFF)
 """Sizes that programs writing to a pipe leave in a wav header: they promise nothing."""
 
 
 class AudioError(ValueError):
-    """An audio file that cannot be used; the text gives the reason without the path."""
+    """Audio that cannot be used; the text gives the reason without the path."""
 
 
 def load_audio(path: Path) -> tuple[np.ndarray, int]:
@@ -44,6 +43,8 @@ def load_audio(path: Path) -> tuple[np.ndarray, int]:
         raise AudioError(f"truncated: {samples.shape[0]} of {frames} samples can be read")
     mono = samples.mean(axis=1, dtype=np.float32)
     if rate != SAMPLING_RATE:
+        import soxr  # installations for decoding alone can do without
+
         mono = soxr.resample(mono, rate, SAMPLING_RATE, quality="HQ")
     if mono.shape[0] == 0:
         raise AudioError("no samples")

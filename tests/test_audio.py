@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from local.audio import AudioError, load_audio
+from zipformer_crctc.audio import AudioError, load_audio
 
 
 def tone(rate: int, seconds: float = 1.0, hertz: float = 440.0) -> np.ndarray:
