@@ -81,7 +81,7 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ["MASTER_PORT"] = str(master_port)
         # As an exception, the signal lets the processes be ended too.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         context = mp.spawn(run, args=(world_size, *args), nprocs=world_size, join=False)
         try:
             while not context.join():
@@ -89,6 +89,7 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
         finally:
             for process in context.processes:
                 process.terminate()
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
