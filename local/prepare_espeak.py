@@ -262,7 +262,7 @@ def prepare(
             total.redrawn += result.redrawn
             for code, seconds in result.seconds.items():
                 total.seconds[code] = total.seconds.get(code, 0.0) + seconds
-        # Leaving the block ends workers by a signal, which one that is just being forked can miss: let them finish first.
+        # Leaving the block ends workers by a signal, which one just being forked can miss: let them finish first.
         pool.close()
         pool.join()
     for split, total in totals.items():
