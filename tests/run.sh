@@ -3,4 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . shared/environment.sh requirements-dev.txt
-exec python -m pytest -q "$@"
+# A folder of its own: other runs of pytest clean up the shared one.
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+python -m pytest -q --basetemp "$temporary/pytest" "$@"
