@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -67,36 +66,33 @@ def test_a_shar_set(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "set-test: 2 of 2 utterances aligned, 6 phones" in capsys.readouterr().out
 
 
-def test_what_cannot_be_aligned_is_named(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_aligned_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {"good": "ta", "long": 60 * "ta", "empty": " ", "none": None, "unknown": "t本a", "alien": "本"}
     folder = write_set(tmp_path / "set" / "test", texts)
-    with caplog.at_level(logging.WARNING):
-        run(model, "--test-sets", folder, "--output-dir", tmp_path, "--output-formats", "ctm")
+    run(model, "--test-sets", folder, "--output-dir", tmp_path, "--output-formats", "ctm")
+    printed = capsys.readouterr()
     lines = read(tmp_path)
     assert lines["good"]["problem"] is None
     assert "121 tokens need 121 output frames" in lines["long"]["problem"]
     assert lines["empty"]["problem"] == lines["none"]["problem"] == "no text"
     assert lines["alien"]["problem"] == "no known phone in the text" and lines["alien"]["phones"] == []
     assert lines["unknown"]["phones"] == ["t", "a"] and lines["unknown"]["unknown"] == ["本"]
-    assert "2 x '本'" in caplog.text
-    assert "text longer than the audio allows (long)" in caplog.text
-    assert "set-test: 2 of 6 utterances aligned, 4 phones; 2 not: no text" in capsys.readouterr().out
+    assert "2 x '本'" in printed.err
+    assert "text longer than the audio allows (long)" in printed.err
+    assert "set-test: 2 of 6 utterances aligned, 4 phones; 2 not: no text" in printed.out
     ctm = (tmp_path / "ctm-set-test-model.ctm").read_text(encoding="utf-8")
     assert {line.split()[0] for line in ctm.splitlines()} == {"good", "unknown"}
 
 
-def test_a_table_gives_the_same_as_a_set(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_gives_the_same_as_a_set(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_set(tmp_path / "set" / "test", {"one": "ata", "two": "sat"})
     run(model, "--test-sets", folder, "--output-dir", tmp_path / "shar")
     for name in ("one", "two"):
         soundfile.write(tmp_path / f"{name}.wav", tone(1.0), RATE, subtype="PCM_16")
     table = tmp_path / "mine.tsv"
     table.write_text("audio\ttext\none.wav\tata\ntwo.wav\tsat\nabsent.wav\ta\n", encoding="utf-8")
-    with caplog.at_level(logging.WARNING):
-        run(model, "--table", table, "--output-dir", tmp_path / "table")
-    assert "not aligned: 1 skipped: 1 no such file (absent" in caplog.text
+    run(model, "--table", table, "--output-dir", tmp_path / "table")
+    assert "not aligned: 1 skipped: 1 no such file (absent" in capsys.readouterr().err
     by_shar, by_table = read(tmp_path / "shar"), read(tmp_path / "table")
     assert list(by_table) == ["one", "two"]
     for name in by_table:
@@ -108,6 +104,7 @@ def test_a_table_gives_the_same_as_a_set(model: Path, tmp_path: Path, caplog: py
     ("flags", "words"),
     [
         (("--table", "t.tsv", "--test-sets", "dev"), "give one of them"),
+        (("--table", "t.tsv", "--beam", "8"), "--beam 8: only decode.py searches"),
         (("--table", "absent.tsv"), "absent.tsv does not exist"),
         (("--table", "absent.tsv", "--output-formats", "srt"), "--output-formats srt: unknown"),
     ],

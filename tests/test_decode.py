@@ -49,6 +49,18 @@ def test_it_writes_all_files_and_prints_a_table(trained: tuple[Path, Path], caps
     assert "PER %" in printed and "PFER" in printed and "xx" in printed
 
 
+def test_times_go_to_all_formats(trained: tuple[Path, Path]) -> None:
+    corpus, run = trained
+    decode.main(flags(corpus, run, "--iter", 6, "--avg", 1, "--output-formats", "jsonl,ctm,textgrid"))
+    suffix = "tones-test-iter-6-avg-1-use-averaged-model"
+    folder = run / "ctc-greedy-search"
+    assert (folder / f"ctm-{suffix}.ctm").is_file()
+    assert len(list((folder / f"textgrid-{suffix}").glob("*.TextGrid"))) == 3
+    for result in read_json_lines(folder / f"results-{suffix}.jsonl"):
+        assert result.duration is not None
+        assert len(result.starts) == len(result.ends) == len(result.confidence) == len(result.hyp)
+
+
 def test_sets_by_name_kind_and_folder(trained: tuple[Path, Path], tmp_path: Path) -> None:
     corpus, _ = trained
     write_folder(tmp_path / "other" / "dev", [1.0])
@@ -95,6 +107,8 @@ def test_published_checkpoints_load_by_flags_and_by_tensors(trained: tuple[Path,
         (("--iter", 6, "--avg", 9), "--avg 9"),
         (("--iter", 6, "--avg", 1, "--encoder-dim", "64"), "--encoder-dim"),
         (("--checkpoint", "nowhere.pt"), "nowhere.pt"),
+        (("--iter", 6, "--avg", 1, "--output-formats", "srt"), "--output-formats srt"),
+        (("--iter", 6, "--avg", 1, "--time-correction", "nowhere.json"), "nowhere.json"),
         (("--iter", 6, "--avg", 1, "--test-sets", "nonsense"), "nonsense"),
         (("--iter", 6, "--avg", 1, "--decoding-method", "nbest"), "--decoding-method"),
     ],

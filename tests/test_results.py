@@ -12,6 +12,7 @@ import pytest
 
 from zipformer_crctc.results import UtteranceResult, file_suffix, read_json_lines, write_atomically, write_results
 from zipformer_crctc.search import Hypothesis
+from zipformer_crctc.times import Segment
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 RESULTS = [
@@ -31,6 +32,16 @@ def test_result_of_a_hypothesis() -> None:
     assert not UtteranceResult.of("x", " ", hypothesis, tokenizer).scorable
     slow = UtteranceResult.of("x", "k", Hypothesis([14, 4], [0, 5], -2.0, factor=2), tokenizer)
     assert slow.times == [0.055, 0.255], "frames of 40 ms, in their middle"
+
+
+def test_segments_belong_to_the_phones_of_the_hypothesis() -> None:
+    segments = [Segment("p", 0.1, 0.2, 0.9)]
+    result = RESULTS[2].with_segments(segments, 1.5)
+    assert (result.starts, result.ends, result.confidence, result.duration) == ([0.1], [0.2], [0.9], 1.5)
+    assert result.segments() == segments
+    assert RESULTS[0].segments() == []
+    with pytest.raises(ValueError, match="utterance b: segments of other phones"):
+        RESULTS[0].with_segments(segments, 1.5)
 
 
 @pytest.mark.parametrize(

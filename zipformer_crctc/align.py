@@ -19,9 +19,11 @@ if __package__ in (None, ""):  # run as a script
 import torch
 
 from zipformer_crctc.audiotable import read_audio_table, table_batches
+from zipformer_crctc.checks import check_no_search
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
 from zipformer_crctc.config import DecodeConfig
 from zipformer_crctc.distributed import choose_device
+from zipformer_crctc.flags import raise_if_any
 from zipformer_crctc.forced_alignment import force_align
 from zipformer_crctc.loader import Batch, build_eval_loader
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, load_recogniser, result_suffix
@@ -138,10 +140,7 @@ def _check(decode: DecodeConfig, own: AlignConfig) -> None:
             f"--table {own.table} with --test-sets {','.join(decode.test_sets)}: give one of them; "
             "run the program twice for both"
         )
-    if decode.decoding_method != DecodeConfig.decoding_method:
-        raise ValueError(
-            f"--decoding-method {decode.decoding_method}: nothing is searched here, the text is given; leave it out"
-        )
+    raise_if_any(check_no_search(decode))
 
 
 @torch.inference_mode()

@@ -44,6 +44,11 @@ UNSUPPORTED = {
     ("use_ctc", False): "CTC is the only head that is there; give True.",
     ("concatenate_cuts", True): "concatenation of utterances is not there yet; give False.",
 }
+SEARCH_FIELDS = (
+    *("decoding_method", "beam", "nbest", "lm", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip"),
+    *("inventory", "blank_penalty"),
+)
+"""Fields of DecodeConfig that set the search."""
 OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid")
 LATTICE_METHODS = (
     "ctc-decoding",
@@ -211,6 +216,16 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
             "1 or more; give a smaller --avg, or --use-averaged-model False."
         )
     return problems + check_decode_chunks(given_model)
+
+
+def check_no_search(config: DecodeConfig) -> list[str]:
+    """A sentence for each flag of the search that was set, for programs that do not search as decode.py does."""
+    default = DecodeConfig()
+    return [
+        f"{flag_name(name)} {format_value(getattr(config, name))}: only decode.py searches in this way; leave it out."
+        for name in SEARCH_FIELDS
+        if getattr(config, name) != getattr(default, name)
+    ]
 
 
 def check_decode_chunks(given_model: Mapping[str, Any]) -> list[str]:

@@ -23,8 +23,10 @@ if __package__ in (None, ""):  # run as a script
 import numpy as np
 import torch
 
+from zipformer_crctc.checks import check_no_search
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
 from zipformer_crctc.distributed import choose_device
+from zipformer_crctc.flags import raise_if_any
 from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
 from zipformer_crctc.loader import BatchLoader, build_eval_loader
 from zipformer_crctc.metrics import align
@@ -98,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: DecodeArgs) -> None:
     """Fit the correction if asked to, and print the errors on every test set."""
     decode, own = args.decode, args.own
+    raise_if_any(check_no_search(decode))
     if own.write_correction and not own.fit_on:
         raise ValueError(f"--write-correction {own.write_correction}: nothing is fitted; give --fit-on as well")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
