@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -153,7 +154,7 @@ def flashlight_peer(setting: Setting, lm: Path, vocab: int, threshold: float) ->
         beam_size=setting.beam,
         beam_size_token=min(setting.top_tokens + 1, vocab),  # it counts the blank
         beam_threshold=1e9,
-        lm_weight=LM_WEIGHT if setting.lm else 0.0,
+        lm_weight=LM_WEIGHT * math.log(10.0) if setting.lm else 0.0,  # it leaves KenLM's decimal logarithms as they are
         sil_score=0.0,
         log_add=True,
         criterion_type=fl.CriterionType.CTC,

@@ -93,6 +93,9 @@ def estimate(texts: Sequence[Sequence[int]], words: Sequence[str], predicted: Se
     stream, reach = _stream(texts, model)
     if unknown := set(np.unique(stream).tolist()) - {*predicted, model.begin, model.end}:
         raise ValueError(f"word numbers {sorted(unknown)} stand in the texts, but are not predicted")
+    if order > (longest := int(reach.max())):
+        logger.info("order %d: the longest text has %d words with its ends, so the model ends there", order, longest)
+        order = longest
     model.orders = _adjusted_counts(stream, reach, model, order)
     lower: Floats | None = None
     for length, part in enumerate(model.orders, start=1):

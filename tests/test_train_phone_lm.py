@@ -46,6 +46,13 @@ def test_bigrams_by_hand() -> None:
     assert [len(part.keys) for part in model.orders] == [4, 5]
 
 
+def test_texts_shorter_than_the_order(tmp_path: Path) -> None:
+    model = estimate([[5], [6, 5]], TOKENIZER.pieces, [5, 6, 7], order=6)
+    assert [len(part.keys) for part in model.orders] == [4, 4, 3, 1]
+    write_arpa(model, tmp_path / "lm.arpa")
+    assert read_arpa(tmp_path / "lm.arpa", TOKENIZER).order == 4
+
+
 def test_counts_against_loops() -> None:
     texts = random_texts(40, list(range(1, 7)), seed=3)
     model = estimate(texts, [str(n) for n in range(7)], range(1, 7), order=3)

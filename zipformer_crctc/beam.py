@@ -85,7 +85,7 @@ def prefix_beam_search(
     valid = valid_frames(log_probs, lengths)
     if log_probs.size(0) == 0:
         return []
-    if fusion is not None and fusion.lm is not None:
+    if fusion is not None:
         fusion.check(log_probs.size(2), log_probs.device)
     frames = _frames(log_probs, valid, blank_id, blank_penalty, allowed, options.blank_skip)
     search = _Search(log_probs, options, blank_id, fusion)
