@@ -82,7 +82,7 @@ def derive_schedule(num_steps: int, max_duration: float, world_size: int = 1) ->
         "lr_warmup_batches": num_steps / 40,
         "plain_ctc_batches": int(PLAIN_CTC_SHARE * num_steps),
         "average_period": average_period,
-        "save_every_n": 10 * average_period,
+        "save_every_n": average_period * max(1, num_steps // (10 * average_period)),
         "valid_interval": 20 * average_period,
     }
 
