@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from zipformer_crctc.checks import check_config, check_decode, check_decode_chunks, check_model
 from zipformer_crctc.config import BEAM_SEARCH, Config, DataConfig, DecodeConfig, ModelConfig, TrainConfig
@@ -157,6 +158,25 @@ class DecodeArgs:
         if self.own is not None:
             parts["own"] = to_plain(self.own)
         return json.dumps(parts, indent=2, ensure_ascii=False)
+
+
+Args = TypeVar("Args", TrainArgs, DecodeArgs)
+
+
+def run_program(name: str, parse: Callable[[], Args], run: Callable[[Args], None]) -> None:
+    """What every program does: parse, and either print the configuration or run.
+
+    A bad configuration, missing data or an unfit checkpoint ends it with status 2 and one message.
+    """
+    try:
+        args = parse()
+        if args.print_config:
+            print(args.to_json())
+        else:
+            run(args)
+    except ValueError as error:  # configuration, data and checkpoint errors
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> TrainArgs:
