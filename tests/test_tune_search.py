@@ -29,7 +29,7 @@ def test_the_table_holds_what_decode_gives(tmp_path: Path, capsys: pytest.Captur
     assert list(found) == [(0.2, 0.0), (0.2, 4.0), (1.0, 0.0), (1.0, 4.0)]
     best = min(found.values())
     assert f"PER {best:.2f} % with" in printed
-    for (weight, bonus), rate in found.items():
+    for weight, bonus in found:
         search = ["--decoding-method", "ctc-prefix-beam-search", "--test-sets", "dev"]
         decode.main([*flags, *search, "--lm-weight", str(weight), "--insertion-bonus", str(bonus)])
     for path in (run / "ctc-prefix-beam-search").glob("results-*.jsonl"):
