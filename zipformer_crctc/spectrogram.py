@@ -1,4 +1,4 @@
-"""A spectrogram with the phones of a hypothesis above it, as SVG text that holds its picture.
+"""A spectrogram with the phones of hypotheses above it, as SVG text that holds its picture.
 
 Legend: S samples, T columns, F frequencies.
 """
@@ -9,11 +9,13 @@ import base64
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zipformer_crctc.reportcolours import colour
 from zipformer_crctc.text import visible
 
 _WINDOW = 0.008  # seconds: wide-band, so that formants and single glottal pulses show
@@ -22,6 +24,17 @@ _MOST_COLUMNS = 1600
 _RANGE = 60.0  # decibels from black to white
 _FFT = 256
 _PRE_EMPHASIS = 0.97
+_GREY = colour("grey")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The phones of one system in time."""
+
+    name: str
+    colour: str
+    spans: Sequence[tuple[str, float, float]]
+    """Phone, start and end in seconds; both are the same where only one time is known."""
 
 
 def levels(samples: NDArray[np.float32], rate: int) -> NDArray[np.uint8]:
@@ -54,19 +67,15 @@ def png(grey: NDArray[np.uint8]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", picture) + chunk(b"IEND", b"")
 
 
-def spectrogram(
-    samples: NDArray[np.float32], rate: int, rows: Sequence[tuple[str, str, Sequence[str], Sequence[float]]]
-) -> str:
-    """SVG of an utterance: its spectrogram from 0 to half the rate, and rows of phones at their times.
+def spectrogram(samples: NDArray[np.float32], rate: int, tiers: Sequence[Tier]) -> str:
+    """SVG of an utterance: its spectrogram from 0 to half the rate, and above it the phones of each tier at their times.
 
-    rows: (name, colour, phones, times in seconds) of each system. A row whose phones and times do not pair up is left
-    out: it has no times.
+    samples: (S,) in [-1, 1], at `rate` Hz.
     """
-    rows = [row for row in rows if row[2] and len(row[2]) == len(row[3])]
     seconds = len(samples) / rate
-    left, height, line = 40, 130, 17
-    width = round(min(1400, max(320, 170 * seconds)))
-    top = 2 * line * len(rows) + 4
+    left, height, line = 44, 140, 18
+    width = round(min(1400, max(320, 240 * seconds)))
+    top = 2 * line * len(tiers) + 4
     scale = width / max(seconds, 1e-3)
     source = base64.b64encode(png(levels(samples, rate))).decode()
     place = f'x="{left}" y="{top}" width="{width}" height="{height}" preserveAspectRatio="none"'
@@ -78,32 +87,40 @@ def spectrogram(
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 60) if s * scale >= 45 or s == 60)
     for number in range(int(seconds / step) + 1):
         x = left + number * step * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + height}" y2="{top + height + 4}" stroke="#666"/>')
-        parts.append(_label(x, top + height + 14, f"{number * step:g}" + (" s" if number == 0 else ""), "middle"))
-    for row, (name, colour, phones, times) in enumerate(rows):
-        parts.append(_phones(phones, [left + t * scale for t in times], 2 * line * row, line, top + height, colour))
-        parts.append(_label(2, 2 * line * row + line + 3, name, "start"))
+        parts.append(_line(x, top + height, top + height + 4, _GREY))
+        parts.append(_label(x, top + height + 15, f"{number * step:g}" + (" s" if number == 0 else ""), "middle"))
+    for row, tier in enumerate(tiers):
+        y = 2 * line * row
+        spans = [(phone, left + start * scale, left + end * scale) for phone, start, end in tier.spans]
+        for x in sorted({round(edge, 1) for _, *edges in spans for edge in edges}):
+            parts.append(_line(x, y + line, top + height, tier.colour, 'stroke-opacity="0.5" stroke-dasharray="2 3"'))
+        parts.append(_phones(spans, y, line, tier.colour))
+        parts.append(_label(2, y + line + 3, tier.name, "start"))
+    about = f"spectrogram of {seconds:.2f} s, 0 to {rate / 2000:g} kHz"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 12}" height="{top + height + 18}" '
-        f'class="spectrogram" role="img" aria-label="spectrogram">{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 12}" height="{top + height + 20}" '
+        f'viewBox="0 0 {left + width + 12} {top + height + 20}" role="img" aria-label="{about}">{"".join(parts)}</svg>'
     )
 
 
-def _phones(phones: Sequence[str], xs: Sequence[float], y: float, line: int, bottom: float, colour: str) -> str:
-    """Phones at their places, each with a line down; one that would touch its neighbour stands lower."""
+def _phones(spans: Sequence[tuple[str, float, float]], y: float, line: int, colour: str) -> str:
+    """Phones in the middle of their spans; one that would touch its neighbour stands lower."""
     ends = [-1e9, -1e9]  # where the last phone of either line ends
     parts = []
-    for phone, x in zip(phones, xs, strict=True):
-        half = 5 + 3.5 * len(phone)
+    for phone, start, end in spans:
+        x, half = (start + end) / 2, 4 + 4 * len(phone)
         level = 0 if ends[0] <= x - half else 1 if ends[1] <= x - half or ends[1] < ends[0] else 0
         ends[level] = x + half
-        base = y + (level + 1) * line - 3
-        line_down = f'x1="{x:.1f}" x2="{x:.1f}" y1="{base + 2:.1f}" y2="{bottom}" stroke="{colour}"'
-        middle = f'x="{x:.1f}" y="{base:.1f}" text-anchor="middle" font-size="15" fill="{colour}"'
-        parts.append(f'<line {line_down} stroke-opacity="0.45" stroke-dasharray="2 3"/>')
-        parts.append(f"<text {middle}>{escape(visible(phone))}</text>")
+        parts.append(
+            f'<text x="{x:.1f}" y="{y + (level + 1) * line - 3:.1f}" text-anchor="middle" font-size="15" '
+            f'fill="{colour}">{escape(visible(phone))}</text>'
+        )
     return "".join(parts)
 
 
+def _line(x: float, y1: float, y2: float, colour: str, kind: str = "") -> str:
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{colour}" {kind}/>'
+
+
 def _label(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="10" fill="#666">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" fill="{_GREY}">{escape(text)}</text>'
