@@ -34,11 +34,14 @@ def test_bars_never_crowd(count: int, num_series: int) -> None:
     heights = [float(t.attrib["y"]) for t in labels]
     assert len(heights) == count
     assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
+    axes = [float(t.attrib["y"]) for t in texts(svg) if t.text == "0"]
+    assert all(b - a <= 31 * 40 for a, b in itertools.pairwise(axes)), "an axis is always near"
     assert all(0 < y < height for y in heights)
     for rect in root.iter(f"{SVG}rect"):
         assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width - 140
-    figures = [t for t in texts(svg) if "[" in (t.text or "")]
+    figures = [float(t.attrib["y"]) for t in texts(svg) if "[" in (t.text or "")]
     assert len(figures) == count * num_series
+    assert all(b - a >= 13 for a, b in itertools.pairwise(figures)), "higher than their letters"
 
 
 def test_bar_lengths_are_in_proportion() -> None:
@@ -59,7 +62,7 @@ def test_text_is_escaped() -> None:
     evil = '</text><script>alert("x")</script>'
     charts = (
         bar_chart([Bar(evil, [1.0], note=evil)], evil),
-        heat_map(HeatMap([evil], [evil], {(0, 0): 1.0}, {(0, 0): evil})),
+        heat_map(HeatMap([evil], [evil], {(0, 0): 1.0}, {(0, 0): evil}), evil),
     )
     for svg in charts:
         assert "<script" not in svg
@@ -76,12 +79,14 @@ def test_heat_map() -> None:
         "reference",
         "hypothesis",
     )
-    svg = heat_map(content)
+    svg = heat_map(content, "confusions")
     root = ElementTree.fromstring(svg)
     cells = root.findall(f"{SVG}g")
     assert [cell.findtext(f"{SVG}title") for cell in cells] == ["", "p → b: 3", ""]
     assert [cell.findtext(f"{SVG}text") for cell in cells] == ["90", "10", None]
-    colours = [rect.attrib["fill"] for rect in root.iter(f"{SVG}rect")]
-    grey, red, pale = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours)
-    assert grey[0] == grey[1] == grey[2]
-    assert red[0] > red[1] and sum(pale) > sum(red)
+    (grey, _), (red, strong), (_, pale) = (
+        (r.attrib["fill"], r.attrib["fill-opacity"]) for r in root.iter(f"{SVG}rect")
+    )
+    assert "--correct" in grey and "--wrong" in red and float(strong) > float(pale)
+    labels = [t.text for t in root.findall(f"{SVG}text")]
+    assert labels.count("b") == 4 and labels.count("deleted") == 2, "on all sides"

@@ -29,7 +29,7 @@ def colour(name: str) -> str:
 
 
 def definitions() -> str:
-    """The style rules that define the colours: light ones on paper, dark ones where the reader prefers a dark screen."""
+    """The style rules that define the colours: light ones, also on paper, and dark ones for screens that are set so."""
     light, dark = (
         f":root {{ {'; '.join(f'--{name}: {pair[side]}' for name, pair in _COLOURS.items())} }}" for side in (0, 1)
     )

@@ -8,15 +8,11 @@ from html import escape
 
 from zipformer_crctc.reportcolours import definitions
 
-# Fonts that are made for IPA come first; the others are those that the usual systems have, with most of its symbols.
-_IPA_FONTS = (
-    '"Charis SIL", "Charis", "Doulos SIL", "Gentium Plus", "Noto Sans", "DejaVu Sans", "Segoe UI", "Lucida Grande", '
-    '"Lucida Sans Unicode", "Arial Unicode MS", sans-serif'
-)
-
+# The fonts are those with many IPA symbols; what one lacks is taken from the next.
 _STYLE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.45 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; color: var(--ink);
+body { font: 15px/1.45 "Noto Sans", "DejaVu Sans", "Segoe UI", "Lucida Grande", "Charis SIL", "Doulos SIL",
+  "Gentium Plus", "Lucida Sans Unicode", "Arial Unicode MS", sans-serif; color: var(--ink);
   max-width: 1080px; margin: 0 auto; padding: 0 20px 60px; background: var(--paper) }
 h1 { font-size: 25px; margin: 26px 0 8px; overflow-wrap: anywhere }
 h2 { font-size: 20px; margin: 42px 0 8px; border-bottom: 1px solid var(--line); scroll-margin-top: 44px }
@@ -29,11 +25,11 @@ a, summary { color: var(--link) } nav a { text-decoration: none } a:focus-visibl
 p, ul { max-width: 820px; overflow-wrap: anywhere } .note { color: var(--grey); font-size: 13.5px }
 .verdict { font-size: 17px; border-left: 4px solid var(--second); padding: 2px 0 2px 12px }
 .wide { overflow-x: auto; margin: 10px 0 } .wide > svg { display: block }
-svg text, .aligned td, .phones th { font-family: IPA_FONTS }
+.fluid > svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; margin-bottom: 12px }
 th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
   unicode-bidi: isolate }
-th[scope=row], th:first-child { text-align: left; font-weight: 500 }
+thead th:first-child, tbody th { text-align: left } tbody th { font-weight: 500 }
 thead th { color: var(--grey); font-weight: 600; border-bottom: 1px solid var(--grey); vertical-align: bottom }
 summary { cursor: pointer; margin: 8px 0 }
 .aligned { font-size: 17px }
@@ -45,11 +41,13 @@ summary { cursor: pointer; margin: 8px 0 }
 audio { height: 34px; display: block; margin: 4px 0; max-width: 100% }
 article { border-top: 1px solid var(--line); padding-bottom: 10px }
 @media screen and (prefers-color-scheme: dark) { svg image { filter: invert(1) } }
+@media print, (max-width: 760px) { table { font-size: 11.5px } th, td { padding: 3px 5px }
+  .aligned { font-size: 15px } .aligned td { padding: 2px 5px } .aligned th { font-size: 11.5px } }
 @media (max-width: 760px) { body { padding: 0 12px 40px } nav { position: static } }
 @media print { body { max-width: none; padding: 0 } nav, audio { display: none } .wide { overflow: visible }
   svg { max-width: 100%; height: auto } h2, h3, summary { break-after: avoid } article, tr, .key { break-inside: avoid }
   svg, .swatch, .sub, .del, .ins { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
-""".replace("IPA_FONTS", _IPA_FONTS)
+"""
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ def _explanation(report: Report) -> str:
     return (
         "PER: phone errors per reference phone. PFER: feature edit distance over panphon's segments; the mean is over "
         "utterances and not normalised, the percentage is per reference segment. In brackets: 95 % intervals from "
-        f"{NUM_SETS} resampled sets of utterances (seed {report.seed}). Phones are aligned with the fewest errors, "
-        "like with like; other alignments with as few errors may split them differently into substitutions, deletions "
-        "and insertions."
+        f"{NUM_SETS} resampled sets of utterances (seed {report.seed}); those of a handful of utterances are too "
+        "narrow. Phones are aligned with the fewest errors, like with like; other alignments with as few errors may "
+        "split them differently into substitutions, deletions and insertions."
     )
 
 

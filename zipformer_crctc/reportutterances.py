@@ -89,7 +89,7 @@ def _heard(shown: ShownUtterance, clip: Clip | None) -> tuple[str, str]:
         for name, colour, result in zip(_systems(shown), SYSTEM_COLOURS, shown.results, strict=False)
         if (spans := _spans(result))
     ]
-    return player, wide(spectrogram(clip.samples, clip.rate, tiers), f"spectrogram of {shown.results[0].id}")
+    return player, f'<div class="fluid">{spectrogram(clip.samples, clip.rate, tiers)}</div>'
 
 
 def _spans(result: UtteranceResult) -> list[tuple[str, float, float]]:
