@@ -33,8 +33,8 @@ def test_languages_add_up() -> None:
     found = compare(scored(0.4), scored(0.1))
     assert list(found.languages) == ["l00", "l01", "l02"]
     assert sum(change.utterances for change in found.languages.values()) == 80
-    alone = compare(*(score_set(random_results(80, rate)[::3], ["x"] * 27) for rate in (0.4, 0.1)))
-    assert found.languages["l00"] == alone.total
+    first, second = (score_set(random_results(80, rate)[::3], ["x"] * 27) for rate in (0.4, 0.1))
+    assert found.languages["l00"] == compare(first, second).total
 
 
 def test_a_system_equals_itself() -> None:

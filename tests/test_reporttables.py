@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from zipformer_crctc.bootstrap import Difference, Interval
 from zipformer_crctc.comparison import Change, Comparison
@@ -27,10 +28,10 @@ def test_figures() -> None:
 
 
 def compared(before: float, after: float, interval: Interval) -> Comparison:
-    change = Change(9, ((before,), (after,)), (Difference(after - before, interval, 0.04),))
+    change = Change(9, ((before,) * 3, (after,) * 3), (Difference(after - before, interval, 0.04),) * 3)
     return Comparison(
         change,
-        {"de": change, "fr": Change(1, ((1.0,), (1.0,)), (Difference(0.0, Interval(), 1.0),))},
+        {"de": change, "fr": Change(1, ((1.0,) * 3, (1.0,) * 3), (Difference(0.0, Interval(), 1.0),) * 3)},
         ([], []),
         ([], []),
     )
@@ -39,7 +40,8 @@ def compared(before: float, after: float, interval: Interval) -> Comparison:
 def test_verdict() -> None:
     assert verdict(compared(30, 25, Interval(-7, -2)), ["x", "y"]) == (
         "y is better: a PER of 25.00 % against 30.00 %, lower by 5.00 points (95 % interval 2.00 to 7.00, p = 0.040), "
-        "on the 9 utterances that both have. Its PER is the lower one in 1 of 2 languages."
+        "on the 9 utterances that both have. Its PFER is lower too. By language its PER is lower in 1, higher in 0 and "
+        "equal in 1."
     )
     assert verdict(compared(25, 30, Interval(2, 7)), ["x", "y"]).startswith(
         "x is better: a PER of 25.00 % against 30.00 %, lower by 5.00 points (95 % interval 2.00 to 7.00,"
@@ -49,4 +51,8 @@ def test_verdict() -> None:
         "difference includes 0 (95 % interval -1.00 to 3.00,"
     )
     assert verdict(compared(30, 30, Interval(0, 0)), ["x", "y"]).startswith("No difference: both have a PER of 30.00 %")
+    change = compared(30, 25, Interval(-7, -2)).total
+    for interval, words in ((Interval(-1, 1), "PFER shows no clear"), (Interval(1, 2), "But its PFER is higher")):
+        mixed = replace(change, differences=(*change.differences[:2], Difference(0.5, interval, 0.5)))
+        assert words in verdict(Comparison(mixed, {}, ([], []), ([], [])), ["x", "y"])
     assert "too few to compare" in verdict(compared(30, 29, Interval()), ["x", "y"])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 from zipformer_crctc.bootstrap import Interval
 from zipformer_crctc.reportcolours import SYSTEM_COLOURS, colour
@@ -17,8 +18,9 @@ _INK, _GREY, _LINE = colour("ink"), colour("grey"), colour("line")
 _SHORTEST_AXIS = 1.0  # of rates that are all 0
 _LABEL_LETTERS = 26
 _BAR_WIDTH = 660  # fits into a window of 700 pixels and on a printed page
-_ROWS_TO_AXIS = 30  # farther away, no figure of the axis is in sight
-_AXIS_HEIGHT = 24
+_FIGURES = _BAR_WIDTH - 124.0  # where the figures begin
+_TOP = 42.0  # what title and axis take
+_ROWS_TO_AXIS = 25  # farther away, no figure of the axis is in sight
 
 
 @dataclass(frozen=True)
@@ -53,39 +55,45 @@ class HeatMap:
 def bar_chart(bars: Sequence[Bar], title: str) -> str:
     """Horizontal bars with whiskers for intervals, and the figures beside them.
 
-    The axis stands above and below, and in long charts every 30 rows or so.
+    Long charts are cut into parts of about 25 rows, each an SVG with an axis of its own, that fit on a printed page.
     """
-    thickness = 13 if max((len(bar.values) for bar in bars), default=1) == 1 else 14
+    thickness = 13.0 if max((len(bar.values) for bar in bars), default=1) == 1 else 14.0
     left = 14 + 7.2 * min(_LABEL_LETTERS, max((len(bar.label) for bar in bars), default=0))
-    figures = _BAR_WIDTH - 124.0
     ticks = _ticks(max((v for bar in bars for v in _reach(bar)), default=0.0))
-    scale = (figures - 10 - left) / ticks[-1]
+    scale = (_FIGURES - 10 - left) / ticks[-1]
     marks = [(left + tick * scale, f"{tick:g}") for tick in ticks]
-    num_blocks = max(1, round(len(bars) / _ROWS_TO_AXIS))
-    parts = [_text((left + figures) / 2, 13, title, anchor="middle", colour=_GREY)]
-    y = 18.0
-    for block in range(num_blocks):
-        rows = bars[block * len(bars) // num_blocks : (block + 1) * len(bars) // num_blocks]
-        places, end = _places(rows, y + _AXIS_HEIGHT, thickness)
-        parts += [_text(x, y + 15, mark, anchor="middle", size=11, colour=_GREY) for x, mark in marks]
-        parts += [_line(x, y + 19, x, end, _LINE) for x, _ in marks]
-        parts += [_bar_row(bar, top, left, figures, thickness, scale) for bar, top in zip(rows, places, strict=True)]
-        y = end
-    parts += [_text(x, y + 13, mark, anchor="middle", size=11, colour=_GREY) for x, mark in marks]
-    return _svg(_BAR_WIDTH, y + 18, parts, title)
+    num_parts = max(1, round(len(bars) / _ROWS_TO_AXIS))
+    cuts = [part * len(bars) // num_parts for part in range(num_parts + 1)]
+    return "".join(
+        _bars(
+            bars[start:end],
+            title if num_parts == 1 else f"{title}, {part} of {num_parts}",
+            left,
+            thickness,
+            scale,
+            marks,
+        )
+        for part, (start, end) in enumerate(pairwise(cuts), start=1)
+    )
 
 
-def _places(bars: Sequence[Bar], y: float, thickness: float) -> tuple[list[float], float]:
-    """The upper edge of each row from `y` on, and the lower end of all."""
-    places = []
+def _bars(
+    bars: Sequence[Bar], title: str, left: float, thickness: float, scale: float, marks: Sequence[tuple[float, str]]
+) -> str:
+    """SVG of a part of the rows, with the axis above and below; marks: place and text of each of its ticks."""
+    parts = [_text((left + _FIGURES) / 2, 13, title, anchor="middle", colour=_GREY)]
+    y, rows = _TOP, []
     for bar in bars:
         y += 8 if bar.gap else 0
-        places.append(y)
+        rows.append(_bar_row(bar, y, left, thickness, scale))
         y += len(bar.values) * thickness + 8
-    return places, y
+    for x, mark in marks:
+        parts += [_text(x, place, mark, anchor="middle", size=11, colour=_GREY) for place in (_TOP - 9, y + 13)]
+        parts.append(_line(x, _TOP - 5, x, y, _LINE))
+    return _svg(_BAR_WIDTH, y + 20, [*parts, *rows], title)
 
 
-def _bar_row(bar: Bar, y: float, left: float, figures: float, thickness: float, scale: float) -> str:
+def _bar_row(bar: Bar, y: float, left: float, thickness: float, scale: float) -> str:
     label = bar.label if len(bar.label) <= _LABEL_LETTERS else bar.label[: _LABEL_LETTERS - 1] + "…"
     parts = [_text(left - 8, y + len(bar.values) * thickness / 2 + 4, label, anchor="end")]
     for place, value in enumerate(bar.values):
@@ -101,10 +109,10 @@ def _bar_row(bar: Bar, y: float, left: float, figures: float, thickness: float, 
             parts += [_line(x, centre - 3, x, centre + 3, _INK) for x in (low, high)]
             parts.append(_line(low, centre, high, centre, _INK))
         figure = "–" if math.isnan(value) else f"{value:.1f}"
-        parts.append(_text(figures + 32, centre + 4, figure, anchor="end", size=11, colour=_GREY))
+        parts.append(_text(_FIGURES + 32, centre + 4, figure, anchor="end", size=11, colour=_GREY))
         if interval.known:
             spread = f"[{interval.low:.1f}, {interval.high:.1f}]"
-            parts.append(_text(figures + 38, centre + 4, spread, size=11, colour=_GREY))
+            parts.append(_text(_FIGURES + 38, centre + 4, spread, size=11, colour=_GREY))
     note = f"<title>{escape(bar.note)}</title>" if bar.note else ""
     return f"<g>{note}{''.join(parts)}</g>"
 

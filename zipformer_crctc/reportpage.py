@@ -45,7 +45,8 @@ article { border-top: 1px solid var(--line); padding-bottom: 10px }
   .aligned { font-size: 15px } .aligned td { padding: 2px 5px } .aligned th { font-size: 11.5px } }
 @media (max-width: 760px) { body { padding: 0 12px 40px } nav { position: static } }
 @media print { body { max-width: none; padding: 0 } nav, audio { display: none } .wide { overflow: visible }
-  svg { max-width: 100%; height: auto } h2, h3, summary { break-after: avoid } article, tr, .key { break-inside: avoid }
+  svg { max-width: 100%; max-height: 94vh; height: auto } svg, table, tr { break-inside: avoid }
+  h2, h3, summary, section > .note { break-after: avoid }
   svg, .swatch, .sub, .del, .ins { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from zipformer_crctc.bootstrap import Interval
+from zipformer_crctc.bootstrap import Difference, Interval
 from zipformer_crctc.breakdown import NONE, FeatureRow, GroupRow, PhoneRow
 from zipformer_crctc.comparison import Change, Comparison
 from zipformer_crctc.reportpage import wide
@@ -170,8 +170,18 @@ def verdict(found: Comparison, names: Sequence[str]) -> str:
         )
     else:
         return f"No difference: both have a PER of {total.rates[0][0]:.2f} % ({spread}), {where}."
+    told = f"{told} {_features_agree(total.differences[RATES.index('PFER %')], better)}"
     if len(found.languages) < 2:
         return told
-    signs = [change.differences[0].value for change in found.languages.values()]
-    lower = sum(value < 0 if better else value > 0 for value in signs)
-    return f"{told} Its PER is the lower one in {lower} of {len(signs)} languages."
+    signs = [change.differences[0].value * (-1 if better else 1) for change in found.languages.values()]
+    lower, higher = sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
+    equal = len(signs) - lower - higher
+    return f"{told} By language its PER is lower in {lower}, higher in {higher} and equal in {equal}."
+
+
+def _features_agree(change: Difference, better: int) -> str:
+    """Whether PFER says the same as PER."""
+    low, high = change.interval.low, change.interval.high
+    if not (low > 0 or high < 0):
+        return "PFER shows no clear difference."
+    return "Its PFER is lower too." if (high < 0) == bool(better) else "But its PFER is higher."

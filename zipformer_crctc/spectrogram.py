@@ -115,7 +115,7 @@ def _strip(grey: NDArray[np.uint8], start: float, seconds: float, width: int, ra
         parts.append(_label(x, bottom + 15, f"{number * step:g}{' s' if number == ticks[0] else ''}", "middle"))
     for row, tier in enumerate(tiers):
         y = 2 * line * row
-        spans = [(phone, *(left + (time - start) * scale for time in times)) for phone, *times in tier.spans]
+        spans = [(phone, left + (t - start) * scale, left + (u - start) * scale) for phone, t, u in tier.spans]
         for x in sorted({round(edge, 1) for _, *edges in spans for edge in edges if left <= edge <= left + width}):
             parts.append(_line(x, y + line, bottom, tier.colour, 'stroke-opacity="0.5" stroke-dasharray="2 3"'))
         parts.append(_phones(spans, y, line, tier.colour))
