@@ -24,7 +24,7 @@ a, summary { color: var(--link) } nav a { text-decoration: none } a:focus-visibl
 .wide:focus-visible { outline: 2px solid var(--link) }
 p, ul { max-width: 820px; overflow-wrap: anywhere } .note { color: var(--grey); font-size: 13.5px }
 .verdict { font-size: 17px; border-left: 4px solid var(--second); padding: 2px 0 2px 12px }
-.wide { overflow-x: auto; margin: 10px 0 } .wide > svg { display: block }
+.wide { overflow-x: auto; margin: 10px 0 } .wide > svg { display: block } svg + svg { margin-top: 10px }
 .fluid > svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; margin-bottom: 12px }
 th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
