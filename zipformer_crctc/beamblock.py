@@ -192,9 +192,12 @@ class BeamBlock:
         self.same = self._floats(num, 2 * beam, beam)
         self.found = self._floats(frames, num, 3, beam)
         key_rows = torch.arange(1, 2 * beam + 1, dtype=torch.float64, device=self.device) * (tokens + 1)
-        self.found[:, :, 0] = key_rows[beam:]
-        self.state = self._floats(num, 2, 3 * beam)
-        self.state[:, 0, beam:] = key_rows  # row 0: places of the keys, row 1: masses
+        # Rows of `state`: nothing, rows of `place` for the keys, masses. Their product with the matches adds to what
+        # the first row of `found` starts with: those of the hypotheses themselves.
+        self.state = self._floats(num, 3, 3 * beam)
+        self.state[:, 1, beam:] = key_rows
+        self.own_rows = self._floats(num, 3, beam)
+        self.own_rows[:, 0] = key_rows[beam:]
         self.masses = self._floats(num, self.mass_columns)
         self.chosen = self._integers(frames, num, beam)
         self.next = self._floats(frames, 3 + self.has_lm, num, beam)
@@ -223,11 +226,11 @@ class BeamBlock:
         self.extended = self.masses[:, 4 * beam : last]
         sources = self.masses.unsqueeze(0).expand(2 + self.has_lm, -1, -1)
         self.mass_source = sources
-        self.mass = self.state[:, 1, 2 * beam :]
-        self.blank_part, self.token_part = self.state[:, 1, beam : 2 * beam], self.state[:, 1, :beam]
-        self.both_parts = self.state[:, 1, : 2 * beam].view(num, 2, beam)
+        self.mass = self.state[:, 2, 2 * beam :]
+        self.blank_part, self.token_part = self.state[:, 2, beam : 2 * beam], self.state[:, 2, :beam]
+        self.both_parts = self.state[:, 2, : 2 * beam].view(num, 2, beam)
         self.senders = self.state[:, :, beam:]
-        self.scaled = self.state[:, 1].view(num, 3, beam).transpose(0, 1)
+        self.scaled = self.state[:, 2].view(num, 3, beam).transpose(0, 1)
         lookup = self.lookup.view(-1, num, beam)
         floats = 2 + self.has_lm
         self.mass_index, self.key_index = lookup[:floats], lookup[floats : floats + 2]
@@ -275,7 +278,7 @@ class BeamBlock:
             keys_source=self.keys[f].unsqueeze(0).expand(2, -1, -1),
             keys_next=keys_next[:, 0::3].transpose(0, 1),
             wanted_next=keys_next[:, 0],
-            found=self.found[f, :, 1:],
+            found=self.found[f],
             parent_mass=self.found[f, :, 2],
             bases=self.found[f, :, :2],
             mass=self.next[f, -1],
@@ -289,7 +292,7 @@ class BeamBlock:
     def start(self) -> None:
         """One hypothesis, the empty one."""
         beam = self.shape.beam
-        self.state[:, 1] = 0.0
+        self.state[:, 2] = 0.0
         self.mass[:, 0] = self.blank_part[:, 0] = 1.0
         self.scale.zero_()
         self.keys[0, :, :beam] = _DEAD
@@ -351,7 +354,7 @@ class BeamBlock:
         torch.add(self.mark, frame.wanted, alpha=_FACTOR, out=frame.offered)
         torch.add(frame.offered, _REPEAT, out=frame.offered_again)
         torch.eq(frame.offered_column, frame.wanted_row, out=self.same)
-        torch.bmm(self.senders, self.same, out=frame.found)
+        torch.baddbmm(self.own_rows, self.senders, self.same, out=frame.found)
         if self.has_lm:
             self._extend_with_lm(frame)
         else:

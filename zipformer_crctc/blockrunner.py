@@ -101,8 +101,8 @@ def block_runner(
 
 def _captured(block: BeamBlock) -> Callable[[int], None]:
     """The block as a CUDA graph; where that fails, a warning and plain calls."""
-    stream = torch.cuda.Stream(block.device)
     try:
+        stream = torch.cuda.Stream(block.device)
         with torch.cuda.device(block.device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries set themselves up in their first calls, outside the graph
