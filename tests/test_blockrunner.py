@@ -62,6 +62,14 @@ def test_runners_are_kept_by_shape_and_for_one_user() -> None:
     assert runner() is not first
 
 
+def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
+    log_probs = random_log_probs(torch.Generator().manual_seed(3), 2, 5, 4)
+    with torch.inference_mode():
+        inside = results(log_probs, [5, 3], None, fixed_size=True)
+    for found, wanted in zip(results(log_probs, [5, 3], None, fixed_size=True), inside, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_without_a_graph_the_block_is_called(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no stream")

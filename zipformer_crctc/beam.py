@@ -165,8 +165,9 @@ def _path(codes: list[Tensor], slot: Tensor, vocab: int) -> Tensor:
         origin = (block // (vocab + 1)).long()
         slots = slot.new_empty(len(block) + 1, *slot.shape)
         slots[-1] = slot
-        for t in range(len(block) - 1, -1, -1):
-            torch.gather(origin[t], 1, slots[t + 1], out=slots[t])
+        by_frame = slots.unbind(0)
+        for t, before in reversed(list(enumerate(origin.unbind(0)))):
+            torch.gather(before, 1, by_frame[t + 1], out=by_frame[t])
         begun = (block % (vocab + 1) - 1).gather(2, slots[1:])
         parts.append(begun.permute(1, 2, 0).long())
         slot = slots[0]

@@ -77,6 +77,7 @@ class _Frame:
     own: Tensor
     """Where they go."""
     rank: Tensor
+    """(N, 1, B): rank of the last token among those that may extend, K where it is none."""
     stays: Tensor
     """(N, B): probability of the last token once more."""
     arrives: Tensor
@@ -84,26 +85,35 @@ class _Frame:
     parts: Tensor
     """(N, 1 or 2, B): factors of the two parts of the mass: the last token once more, or again after a blank."""
     blank: Tensor
+    """(N, 1): probability."""
     top: Tensor
+    """Probabilities of what may extend: (N, E), with a language model (N, 1, K)."""
     ids: Tensor
+    """(N, 1, K): those tokens."""
     last: Tensor
+    """(N, B): last tokens, and the keys that hypotheses want, also as (N, 1, B), and offer, also as (N, 2B, 1)."""
     wanted: Tensor
     wanted_row: Tensor
     offered: Tensor
     offered_again: Tensor
     offered_column: Tensor
     keys_source: Tensor
+    """(2, N, 4B + K): all of these, where the next frame's `keys_next`, (2, N, B), come from: wanted, last."""
     keys_next: Tensor
     wanted_next: Tensor
     found: Tensor
+    """(N, 3, B): rows of `place` of each hypothesis and its prefix (`bases`), and the mass of the prefix."""
     parent_mass: Tensor
     bases: Tensor
     mass: Tensor
+    """(N, B): of the best candidates, not yet divided by that of the best, `norm`; and which they are."""
     chosen: Tensor
     chosen_flat: Tensor
     parts_next: Tensor
+    """(2 or 3, N, B): their parts, with a language model its factor before them."""
     norm: Tensor
     scaled: Tensor
+    """(3, N, B): parts and mass, still to be divided."""
 
 
 class BeamBlock:

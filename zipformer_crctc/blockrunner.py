@@ -92,7 +92,8 @@ def block_runner(
     key = (shape, log_probs.device, id(fusion))  # the kept block holds the fusion, so its id is not given again
     runner = _kept.pop(key, None)
     if runner is None:
-        runner = BlockRunner(BeamBlock(shape, fusion, log_probs.device), fixed_size)
+        with torch.inference_mode(False):  # tensors made in that mode could not be updated outside it later
+            runner = BlockRunner(BeamBlock(shape, fusion, log_probs.device), fixed_size)
     yield runner
     _kept[key] = runner
     while len(_kept) > MAX_KEPT:
