@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 GREEDY_SEARCH, BEAM_SEARCH = "ctc-greedy-search", "ctc-prefix-beam-search"
-"""Decoding methods."""
+BEST_PATH, NBEST = "ctc-decoding", "nbest"
+"""Decoding methods; the last two with k2."""
 STACK_FIELDS = (
     "num_encoder_layers",
     "downsampling_factor",
@@ -255,11 +256,16 @@ class DecodeConfig:
     """Folder of the checkpoints; results go to a folder in it named after the decoding method."""
     decoding_method: str = GREEDY_SEARCH
     """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped; ctc-prefix-beam-search: the
-    best phone strings by the sum over their alignments, if wished with a language model."""
+    best phone strings by the sum over their alignments, if wished with a language model; ctc-decoding, nbest: the best
+    path through a k2 lattice, or the best strings among random paths of it."""
     beam: int = 16
     """Beam search: hypotheses kept per utterance, 4 to 64."""
     nbest: int = 1
-    """Beam search: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
+    """Beam search and nbest: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
+    num_paths: int = 100
+    """nbest: random paths drawn from each lattice."""
+    nbest_scale: float = 1.0
+    """nbest: factor of the log-probabilities while drawing; below 1 for more different paths."""
     lm: Path | None = None
     """Beam search: n-gram phone language model, an ARPA file (.gz too), e.g. of local/train_phone_lm.py."""
     lm_weight: float = 0.3
