@@ -116,6 +116,7 @@ def run(args: DecodeArgs) -> None:
             [path],
             max_duration=args.data.max_duration,
             num_workers=args.data.num_workers,
+            index_dir=args.data.index_dir,
             need_text=False,
             pin_memory=device.type == "cuda",
         )

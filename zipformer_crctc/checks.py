@@ -31,7 +31,7 @@ AT_MOST = {
     "beam": 64,
     "blank_skip": 1,
 }
-POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
+POSITIVE = ("quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16", "fp16"),

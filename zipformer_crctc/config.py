@@ -129,6 +129,8 @@ class DataConfig:
     """Share of the shards of each training set in percent, 25, 50 or 75; giving it implies --full-libri False."""
     max_duration: int = 600
     """Audio per batch and process in seconds: longest utterance times number of utterances."""
+    quadratic_duration: float | None = None
+    """Count an utterance of d seconds as d + d * d / this towards --max-duration; 15 to 40 evens out memory."""
     bucketing_sampler: bool = True
     """Batches of utterances of similar duration; False: utterances as they come."""
     num_buckets: int = 10
@@ -143,6 +145,8 @@ class DataConfig:
     """Another order of the training utterances in each epoch, given by --seed."""
     drop_last: bool = True
     """Leave out the incomplete last batch of training."""
+    index_dir: Path | None = None
+    """Folder for the indexes of shards beside which nothing can be written; without it one in the user's cache."""
     num_workers: int = 4
     """Processes that read data, for each training or decoding process; 0 reads in the main one."""
     speed_perturbation: float = 0.0
