@@ -3,8 +3,8 @@
     python benchmarks/bench_startup.py     # writes benchmarks/results/startup.json
 
 Rows with 10, 1,000 and 10,000 synthetic shards: `first batch, no index` (shards as they were published),
-`first batch` (their indexes were made by an earlier run) and `resume` in the middle of the epoch. Each is timed from the
-call that finds the shards to the batch of features, with no worker processes, as a run with workers would only hide
+`first batch` (their indexes were made by an earlier run) and `resume` in the middle of the epoch. Each is timed from
+the call that finds the shards to the batch of features, with no worker processes, as a run with workers would only hide
 part of it. Where lhotse is installed, `first batch` of its sampler over the same shards is timed beside it; it keeps no
 place in a shar data set that it could resume from faster than by reading on.
 """

@@ -83,6 +83,21 @@ def test_contents_of_a_batch(folders: list[Path]) -> None:
     reader.close()
 
 
+def test_features_made_from_the_audio_of_a_batch(folders: list[Path]) -> None:
+    made = [batch.to("cpu") for batch in train(folders)]
+    left = list(train(folders, only_audio=True, num_workers=1))
+    for batch, audio in zip(made, left, strict=True):
+        again = audio.to("cpu")
+        assert again.mirrored is None and audio.features.shape == (len(audio.utterances), 0, 80)
+        assert [u.id for u in again.utterances] == [u.id for u in batch.utterances]
+        assert torch.equal(again.num_frames, batch.num_frames)
+        torch.testing.assert_close(again.features, batch.features, rtol=0, atol=1e-4)
+        mask = torch.arange(batch.features.shape[1]) >= batch.num_frames[:, None]
+        assert (again.features[mask] == LOG_EPS).all()
+    with pytest.raises(ValueError, match="only_audio"):
+        train(folders, only_audio=True, zero_padded=True)
+
+
 def test_equal_to_lhotse_audio(folders: list[Path]) -> None:
     lhotse = pytest.importorskip("lhotse", reason="compares with lhotse's reading of the same folder")
     fields = {

@@ -34,6 +34,7 @@ AT_MOST = {
 POSITIVE = ("quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
+    "fbank_device": ("workers", "model"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "input_strategy": ("AudioSamples",),
 }

@@ -149,6 +149,8 @@ class DataConfig:
     """Folder for the indexes of shards beside which nothing can be written; without it one in the user's cache."""
     num_workers: int = 4
     """Processes that read data, for each training or decoding process; 0 reads in the main one."""
+    fbank_device: str = "workers"
+    """Where training features are computed: workers (the processes that read), or model (its device, in batches)."""
     speed_perturbation: float = 0.0
     """Train on each utterance at a speed drawn from [1 - this, 1 + this]; 0.1 helps small corpora."""
     enable_spec_aug: bool = False

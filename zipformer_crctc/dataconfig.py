@@ -7,9 +7,10 @@
     filters: {min_duration: 0.5}      # optional limits of the train sets: the fields of filters.FilterLimits
     unsup_filters: {frame_share: 0.8} # the same for the pseudo-labelled sets
 
-A weight says how often the utterances of a train or unsup folder come in an epoch on average; without one, once.
-Relative folders are relative to the YAML file, so a prepared corpus can be moved as a whole. All keys are optional;
-limits that are not given are the published ones. Sets that are scored (dev, test) are never filtered.
+A weight says how often the utterances of a train or unsup folder come in an epoch on average; without one, once. A JSON
+or YAML file in place of a folder lists remote shards (see ``remote``). Relative folders are relative to the YAML file,
+so a prepared corpus can be moved as a whole. All keys are optional; limits that are not given are the published ones.
+Sets that are scored (dev, test) are never filtered.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 
 from zipformer_crctc.filters import PSEUDO_LABEL_LIMITS, FilterLimits
+from zipformer_crctc.remote import LIST_SUFFIXES
 
 DEFAULT_DATA_CONFIG = Path("data/shar.yaml")
 """Read when no data config is given; prepare.sh writes it."""
@@ -131,7 +133,7 @@ def _folder(value: object, where: str, base: Path, problems: list[str]) -> Path 
         problems.append(f"{where}: {value!r} is no folder name")
         return None
     folder = base / Path(value).expanduser()
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix in LIST_SUFFIXES):
         problems.append(f"{where}: folder {folder} does not exist: make it with {HOW_TO_MAKE}, or correct the path")
         return None
     return folder

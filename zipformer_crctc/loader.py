@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from zipformer_crctc.audio import AudioError
 from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, State
 from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
+from zipformer_crctc.remote import with_retries
 from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
 
@@ -46,6 +47,9 @@ class Batch:
     epoch: int = 0
     step: int = 0  # within the epoch, from 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (utterance id, reason) of audio that is no use
+    mirrored: Tensor | None = (
+        None  # (N, (T - 1) 160 + 400): audio whose features `to` is to make, with none in the batch
+    )
 
     @property
     def texts(self) -> list[str]:
@@ -61,12 +65,18 @@ class Batch:
         return sum(utterance.duration for utterance in self.utterances)
 
     def pin_memory(self) -> Batch:
-        return replace(self, features=self.features.pin_memory(), num_frames=self.num_frames.pin_memory())
+        mirrored = None if self.mirrored is None else self.mirrored.pin_memory()
+        features, num_frames = self.features.pin_memory(), self.num_frames.pin_memory()
+        return replace(self, features=features, num_frames=num_frames, mirrored=mirrored)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on ``device``."""
-        features = self.features.to(device, non_blocking=True)
-        return replace(self, features=features, num_frames=self.num_frames.to(device, non_blocking=True))
+        """The batch with its tensors on ``device``, where the features are made if the workers left it to that."""
+        num_frames = self.num_frames.to(device, non_blocking=True)
+        if self.mirrored is None:
+            return replace(self, features=self.features.to(device, non_blocking=True), num_frames=num_frames)
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            features = Fbank().of_mirrored(self.mirrored.to(device, non_blocking=True), num_frames)
+        return replace(self, features=features, num_frames=num_frames, mirrored=None)
 
 
 class AudioReader:
@@ -78,7 +88,7 @@ class AudioReader:
     def __call__(self, utterance: Utterance) -> np.ndarray:
         """Samples (S,) float32 in [-1, 1]. Raises ``AudioError`` with a reason."""
         try:
-            data = os.pread(self._descriptor(utterance.tar), utterance.size, utterance.offset)
+            data = with_retries(lambda: self._bytes(utterance), f"{utterance.tar}, {utterance.id}")
         except OSError as error:
             raise AudioError(f"tar cannot be read ({error.strerror})") from error
         if len(data) != utterance.size:
@@ -98,6 +108,14 @@ class AudioReader:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def _bytes(self, utterance: Utterance) -> bytes:
+        try:
+            return os.pread(self._descriptor(utterance.tar), utterance.size, utterance.offset)
+        except OSError:
+            if utterance.tar in self._open:  # a handle may be stale; the next try opens the file again
+                os.close(self._open.pop(utterance.tar))
+            raise
 
     def _descriptor(self, tar: str) -> int:
         if tar not in self._open:
@@ -129,10 +147,20 @@ def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
 class BatchReader(Dataset[Batch]):
     """Turns a request into a batch; runs in the workers.
 
-    ``perturbation_seed`` None leaves volume and speed as they are, ``speed`` 0 the speed.
+    ``perturbation_seed`` None leaves volume and speed as they are, ``speed`` 0 the speed. With ``only_audio`` the
+    features are left to ``Batch.to``.
     """
 
-    def __init__(self, perturbation_seed: int | None = None, speed: float = 0.0, zero_padded: bool = False) -> None:
+    def __init__(
+        self,
+        perturbation_seed: int | None = None,
+        speed: float = 0.0,
+        zero_padded: bool = False,
+        only_audio: bool = False,
+    ) -> None:
+        if only_audio and zero_padded:
+            raise ValueError("only_audio: features of zero-padded batches are made by the workers; leave one of both")
+        self._only_audio = only_audio
         self._seed = perturbation_seed
         self._speed = speed
         self._fbank = Fbank(zero_padded=zero_padded)
@@ -154,9 +182,28 @@ class BatchReader(Dataset[Batch]):
                 samples *= volume_factor(self._seed, request.epoch, utterance.id)
             utterances.append(utterance)
             waveforms.append(torch.from_numpy(samples))
+        if self._only_audio:
+            return self._audio_batch(request, utterances, waveforms, skipped)
         with torch.no_grad():
             features, num_frames, order = collate(self._fbank.batch(waveforms))
         return Batch(features, num_frames, [utterances[i] for i in order], request.epoch, request.step, skipped)
+
+    def _audio_batch(
+        self,
+        request: BatchRequest,
+        utterances: list[Utterance],
+        waveforms: list[Tensor],
+        skipped: list[tuple[str, str]],
+    ) -> Batch:
+        """The same batch as `__getitem__` makes, but for its features."""
+        counts = [num_feature_frames(len(waveform)) for waveform in waveforms]
+        order = sorted(range(len(counts)), key=lambda i: -counts[i])
+        parts = [self._fbank.mirrored(waveforms[i]) for i in order]
+        mirrored = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if parts else torch.zeros(0, 0)
+        num_frames = torch.tensor([counts[i] for i in order], dtype=torch.int64)
+        in_order = [utterances[i] for i in order]
+        nothing = torch.zeros(len(order), 0, NUM_BINS)
+        return Batch(nothing, num_frames, in_order, request.epoch, request.step, skipped, mirrored)
 
 
 def collate(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
@@ -324,6 +371,7 @@ def build_train_loader(
     perturbation: bool = True,
     speed_perturbation: float = 0.0,
     zero_padded: bool = False,
+    only_audio: bool = False,
     endless: bool = False,
     pin_memory: bool = False,
     index_dir: Path | None = None,
@@ -356,7 +404,7 @@ def build_train_loader(
         accept,
         [by_folder.get(Path(folder), 1.0) for folder, shards in zip(folders, found, strict=True) for _ in shards],
     )
-    reader = BatchReader(seed if perturbation else None, speed_perturbation, zero_padded)
+    reader = BatchReader(seed if perturbation else None, speed_perturbation, zero_padded, only_audio)
     return BatchLoader(order, reader, num_workers, endless=endless, pin_memory=pin_memory)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zipformer_crctc.sharindex import Problem, open_index
+from zipformer_crctc.remote import copy_folder, make_local, read_list, with_retries
+from zipformer_crctc.sharindex import Problem, cache_folder, open_index
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Shard:
     recording: Path
     index_dir: Path | None = None
     """folder for its index where that cannot lie beside the data; None is the user's cache"""
+    remote: tuple[str, str] | None = None
+    """where cuts and recording are copied from, see ``remote``"""
 
     @property
     def name(self) -> str:
@@ -96,11 +99,13 @@ class Skipped:
 
 
 def find_shards(folder: str | Path, index_dir: Path | None = None) -> list[Shard]:
-    """The shards of a folder, sorted by number; only the folder is read, no file in it.
+    """The shards of a folder, sorted by number, or of a list of remote ones; no file of them is read.
 
     Raises ``DataError`` if the folder is missing or has no shards, or if a cuts file and its tar do not pair up.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _remote_shards(folder, index_dir)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; prepare the data first or correct the path")
     cuts = _numbered_files(folder, _CUTS_NAME)
@@ -136,7 +141,11 @@ class ShardReader:
 
     def __init__(self, shard: Shard, *, need_text: bool = True, keep_alignment: bool = False) -> None:
         try:
-            self._index = open_index(shard.cuts, shard.recording, shard.index_dir)
+            for source, path in zip(shard.remote or (), (shard.cuts, shard.recording), strict=False):
+                make_local(source, path)
+            self._index = with_retries(
+                lambda: open_index(shard.cuts, shard.recording, shard.index_dir), str(shard.cuts)
+            )
         except OSError as error:
             raise DataError(
                 f"{shard.cuts.parent}: shard {shard.number} cannot be read ({error}); check its files and their "
@@ -194,6 +203,18 @@ def read_shard(
             skipped.add(item.reason, item.name)
         else:
             raise DataError(f"{shard.cuts}: {item.name}: {item.reason}; prepare or fetch this shard again")
+
+
+def _remote_shards(path: Path, index_dir: Path | None) -> list[Shard]:
+    try:
+        sources = read_list(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    folder = copy_folder(path, index_dir or cache_folder())
+    return [
+        Shard(number, folder / f"cuts.{number:06d}.jsonl.gz", folder / f"recording.{number:06d}.tar", index_dir, source)
+        for number, source in enumerate(sources)
+    ]
 
 
 def _numbered_files(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

@@ -88,10 +88,14 @@ def index_places(tar: Path, cache: Path | None = None) -> list[Path]:
     """Where the index of a shard may be, the preferred place first."""
     folder = tar.resolve().parent
     number = tar.name.split(".")[1]
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipformer-crctc" / "shard-index"
+    cache = cache or cache_folder()
     key = sha256(str(folder).encode()).hexdigest()[:24]
     return [folder.parent / f".{folder.name}.index" / f"{number}.jsonl.gz", cache / key / f"{number}.jsonl.gz"]
+
+
+def cache_folder() -> Path:
+    """The user's cache, for what cannot lie beside the data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipformer-crctc" / "shards"
 
 
 def _size_and_time(path: Path) -> list[int]:

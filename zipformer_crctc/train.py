@@ -158,6 +158,7 @@ def build_loaders(
             rank=process.rank,
             num_workers=data.num_workers,
             speed_perturbation=data.speed_perturbation,
+            only_audio=data.fbank_device == "model",
             endless=endless,
             pin_memory=process.device.type == "cuda",
             index_dir=data.index_dir,
@@ -343,7 +344,8 @@ class Trainer:
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
         logger.warning("batch %d: a gradient is not finite, step skipped; utterances %s", k, ids)
         path = self.exp_dir / f"bad-batch-{k}-{self.process.rank}.pt"
-        saved = [{"features": b.features, "num_frames": b.num_frames, "texts": b.texts} for b in batches]
+        on_cpu = [batch.to("cpu") for batch in batches]
+        saved = [{"features": b.features, "num_frames": b.num_frames, "texts": b.texts} for b in on_cpu]
         checkpoint.save(path, {"batches": saved, "ids": ids})
         if self.skipped_in_a_row >= limit:
             raise TrainingStopped(
