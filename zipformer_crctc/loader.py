@@ -47,9 +47,8 @@ class Batch:
     epoch: int = 0
     step: int = 0  # within the epoch, from 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (utterance id, reason) of audio that is no use
-    mirrored: Tensor | None = (
-        None  # (N, (T - 1) 160 + 400): audio whose features `to` is to make, with none in the batch
-    )
+    mirrored: Tensor | None = None
+    """(N, (T - 1) 160 + 400): audio of which `to` makes the features, which are empty until then"""
 
     @property
     def texts(self) -> list[str]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -46,17 +46,22 @@ def with_retries(work: Callable[[], Result], what: str) -> Result:
 def read_list(path: Path) -> list[tuple[str, str]]:
     """(cuts, recording) of each shard in a list. Raises ValueError where it is none."""
     remedy = "give two lists of one length, cuts and recording, as for lhotse's CutSet.from_shar(fields=...)"
+    cuts: Any
+    recordings: Any
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no list of shards ({error}); {remedy}") from error
-    fields = [content.get(key) for key in ("cuts", "recording")] if isinstance(content, dict) else [None]
-    if not all(isinstance(field, list) and all(isinstance(item, str) for item in field) for field in fields):
+    cuts, recordings = (content.get(key) if isinstance(content, dict) else None for key in ("cuts", "recording"))
+    if not _is_text_list(cuts) or not _is_text_list(recordings):
         raise ValueError(f"{path}: no list of shards; {remedy}")
-    cuts, recordings = fields
     if not cuts or len(cuts) != len(recordings):
         raise ValueError(f"{path}: {len(cuts)} cuts for {len(recordings)} recordings; {remedy}")
     return list(zip(cuts, recordings, strict=True))
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def copy_folder(path: Path, cache: Path) -> Path:
