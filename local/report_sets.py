@@ -20,7 +20,7 @@ from local.command import load_tokenizer, positive_int, run
 from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.filters import FilterLimits, TrainingFilter, alignment_problem
 from zipformer_crctc.objective import TargetEncoder
-from zipformer_crctc.shar import Shard, Skipped, find_shards, read_shard
+from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards, read_shard
 from zipformer_crctc.text import UnknownSymbols
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -63,20 +63,25 @@ def read_one(shard: Shard, tokenizer: PhoneTokenizer, limits: FilterLimits | Non
     encode = TargetEncoder(tokenizer)
     judge = TrainingFilter(encode, limits)
     for utterance in read_shard(shard, result.unreadable):
-        result.cuts += 1
-        result.seconds += utterance.duration
-        result.languages[utterance.language] += 1
         if limits is None:
             reason = alignment_problem(encode(utterance.text), utterance.num_samples)
         else:
             reason = judge(utterance)
-        if reason is None:
-            result.kept += 1
-            result.kept_seconds += utterance.duration
-        else:
-            result.filtered.add(reason, utterance.id)
+        count_utterance(result, utterance, reason)
     result.unknown = encode.unknown
     return result
+
+
+def count_utterance(result: SetReport, utterance: Utterance, reason: str | None) -> None:
+    """Add an utterance that is left out for `reason`, or kept where it is None."""
+    result.cuts += 1
+    result.seconds += utterance.duration
+    result.languages[utterance.language] += 1
+    if reason is None:
+        result.kept += 1
+        result.kept_seconds += utterance.duration
+    else:
+        result.filtered.add(reason, utterance.id)
 
 
 def report_set(folder: Path, tokenizer: PhoneTokenizer, limits: FilterLimits | None, jobs: int = 1) -> SetReport:

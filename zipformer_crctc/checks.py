@@ -42,9 +42,10 @@ AT_MOST = {
     "beam": 64,
     "blank_skip": 1,
 }
-POSITIVE = ("nbest_scale", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
+POSITIVE = ("nbest_scale", "quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
+    "fbank_device": ("workers", "model"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "input_strategy": ("AudioSamples",),
 }

@@ -111,7 +111,7 @@ IDLE_UNLESS: dict[str, tuple[str, Any]] = {
 # Data flags that are about training batches only.
 TRAINING_DATA = (
     *("full_libri", "subset", "bucketing_sampler", "num_buckets", "concatenate_cuts", "duration_factor", "gap"),
-    *("shuffle", "drop_last", "enable_spec_aug", "spec_aug_time_warp_factor"),
+    *("quadratic_duration", "fbank_device", "shuffle", "drop_last", "enable_spec_aug", "spec_aug_time_warp_factor"),
 )
 # Decoding flags of the beam search.
 BEAM_FLAGS = ("beam", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip")

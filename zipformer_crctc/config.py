@@ -130,6 +130,8 @@ class DataConfig:
     """Share of the shards of each training set in percent, 25, 50 or 75; giving it implies --full-libri False."""
     max_duration: int = 600
     """Audio per batch and process in seconds: longest utterance times number of utterances."""
+    quadratic_duration: float | None = None
+    """Count an utterance of d seconds as d + d * d / this towards --max-duration; 15 to 40 evens out memory."""
     bucketing_sampler: bool = True
     """Batches of utterances of similar duration; False: utterances as they come."""
     num_buckets: int = 10
@@ -144,8 +146,12 @@ class DataConfig:
     """Another order of the training utterances in each epoch, given by --seed."""
     drop_last: bool = True
     """Leave out the incomplete last batch of training."""
+    index_dir: Path | None = None
+    """Folder for the indexes of shards beside which nothing can be written; without it one in the user's cache."""
     num_workers: int = 4
     """Processes that read data, for each training or decoding process; 0 reads in the main one."""
+    fbank_device: str = "workers"
+    """Where training features are computed: workers (the processes that read), or model (its device, in batches)."""
     speed_perturbation: float = 0.0
     """Train on each utterance at a speed drawn from [1 - this, 1 + this]; 0.1 helps small corpora."""
     enable_spec_aug: bool = False
@@ -316,7 +322,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(data: Mapping[str, Any]) -> Config:
     """The Config that ``config_to_dict`` wrote.
 
-    Raises ConfigError that names every unknown, missing or malformed field. A published checkpoint holds its flags
+    A field that is missing was added since; its default is what was done before. Raises ConfigError that names every
+    unknown or malformed field. A published checkpoint holds its flags
     flat and without a section: use ``model_from_published`` there.
     """
     sections: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}

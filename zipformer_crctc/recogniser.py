@@ -150,6 +150,7 @@ def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) ->
         [folder],
         max_duration=args.data.max_duration,
         num_workers=args.data.num_workers,
+        index_dir=args.data.index_dir,
         need_text=False,
         keep_alignment=keep_alignment,
         pin_memory=choose_device(args.decode.device).type == "cuda",

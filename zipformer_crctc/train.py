@@ -142,8 +142,10 @@ def build_loaders(
     def training(folders: list[Path], limits: FilterLimits, endless: bool) -> BatchLoader:
         return build_train_loader(
             folders,
+            weights=sets.weights,
             accept=TrainingFilter(encode, limits, factor, 1.0 + data.speed_perturbation),
             max_duration=data.max_duration,
+            quadratic_duration=data.quadratic_duration,
             num_buckets=data.num_buckets if data.bucketing_sampler else 1,
             shuffle=data.shuffle,
             drop_last=data.drop_last,
@@ -153,8 +155,10 @@ def build_loaders(
             rank=process.rank,
             num_workers=data.num_workers,
             speed_perturbation=data.speed_perturbation,
+            only_audio=data.fbank_device == "model",
             endless=endless,
             pin_memory=process.device.type == "cuda",
+            index_dir=data.index_dir,
         )
 
     mixed = config.model.use_unsup_cr_ctc
@@ -166,6 +170,7 @@ def build_loaders(
             num_workers=min(1, data.num_workers),
             world_size=process.world_size,
             rank=process.rank,
+            index_dir=data.index_dir,
         )
     return (
         training(sets.train, sets.filters, False),
@@ -336,7 +341,8 @@ class Trainer:
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
         logger.warning("batch %d: a gradient is not finite, step skipped; utterances %s", k, ids)
         path = self.exp_dir / f"bad-batch-{k}-{self.process.rank}.pt"
-        saved = [{"features": b.features, "num_frames": b.num_frames, "texts": b.texts} for b in batches]
+        on_cpu = [batch.to("cpu") for batch in batches]
+        saved = [{"features": b.features, "num_frames": b.num_frames, "texts": b.texts} for b in on_cpu]
         checkpoint.save(path, {"batches": saved, "ids": ids})
         if self.skipped_in_a_row >= limit:
             raise TrainingStopped(
@@ -404,7 +410,10 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             grad_scaler=self.scaler.state_dict(),
-            sampler=self.train_loader.state_dict(),
+            sampler={
+                **self.train_loader.state_dict(),
+                "unsup": self.unsup_loader.state_dict() if self.unsup_loader is not None else None,
+            },
         )
 
     def _save_batch_checkpoint(self) -> None:
@@ -454,6 +463,8 @@ class Trainer:
             self.progress.cur_epoch = train.start_epoch
         if payload.get("sampler"):
             self.train_loader.load_state_dict(payload["sampler"])
+            if self.unsup_loader is not None and payload["sampler"].get("unsup") is not None:
+                self.unsup_loader.load_state_dict(payload["sampler"]["unsup"])
         else:
             self.train_loader.set_position(self.progress.cur_epoch)
             logger.warning("%s holds no place in the data: epoch %d begins anew", path, self.progress.cur_epoch)
