@@ -18,8 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from local.shar import Recording, ShardStats, clear_shards, cuts_name, recording_name, write_shard
+from local.shar import Recording, ShardStats, clear_shards, write_shard
 from zipformer_crctc.audio import AudioError, load_audio
+from zipformer_crctc.sharwriter import remove_shard
 from zipformer_crctc.text import UnknownSymbols, normalise
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -153,8 +154,7 @@ def _write_chunk(rows: list[Row], folder: Path, number: int) -> _ChunkResult:
     shard = write_shard(recordings(), folder, number)
     failures.update(shard.skipped)
     if shard.cuts == 0:  # a shard of nothing is no use to a reader
-        for name in (cuts_name(number), recording_name(number)):
-            (folder / name).unlink()
+        remove_shard(folder, number)
     return _ChunkResult(shard, stereo, failures)
 
 
