@@ -7,9 +7,7 @@ whole when its shard is done, so that it is the mark by which a run that was bro
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +16,8 @@ from typing import Any
 
 from zipformer_crctc.agreement import Agreement, distribution
 from zipformer_crctc.results import write_atomically
-from zipformer_crctc.shar import DataError, Shard, Skipped, read_shard
-from zipformer_crctc.sharwriter import open_shard, remove_shard
+from zipformer_crctc.shar import DataError, Shard
+from zipformer_crctc.sharwriter import copy_shard, remove_shard
 
 NO_PHONE = "no phone in the label"
 
@@ -100,7 +98,7 @@ def write_labelled(folder: Path, shard: Shard, selection: Selection, models: Seq
             dropped[reason] += 1
     report_path(folder, shard).unlink(missing_ok=True)
     if kept:
-        _copy_shard(shard, folder / "shar", kept, models)
+        _copy_labelled(shard, folder / "shar", kept, models)
     else:
         remove_shard(folder / "shar", shard.number)
     report = {
@@ -148,22 +146,20 @@ def _total(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _copy_shard(shard: Shard, folder: Path, kept: Mapping[str, Agreement], models: Sequence[str]) -> None:
+def _copy_labelled(shard: Shard, folder: Path, kept: Mapping[str, Agreement], models: Sequence[str]) -> None:
     """The cuts that are kept, with their labels and the audio as it is."""
-    places = {u.id: u for u in read_shard(shard, Skipped(), need_text=False) if u.id in kept}
-    missing = set(kept)
-    with shard.recording.open("rb") as tar, open_shard(folder, shard.number) as add:
-        for cut in _cuts(shard.cuts):
-            name = cut.get("id")
-            if name in missing and name in places:
-                missing.remove(name)
-                tar.seek(places[name].offset)
-                add(labelled_cut(cut, kept[name], models), tar.read(places[name].size))
-        if missing:
-            raise DataError(
-                f"{shard.cuts}: {min(missing)} and {len(missing) - 1} more are gone since the shard was scored: "
-                "bring it back, or write to another --output-dir"
-            )
+    missing = dict(kept)
+
+    def label(cut: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        utterance = missing.pop(cut["id"], None)
+        return None if utterance is None else labelled_cut(cut, utterance, models)
+
+    copy_shard(shard, folder, label)
+    if missing:
+        raise DataError(
+            f"{shard.cuts}: {min(missing)} and {len(missing) - 1} more are gone since the shard was scored: "
+            "bring it back, or write to another --output-dir"
+        )
 
 
 def labelled_cut(cut: Mapping[str, Any], utterance: Agreement, models: Sequence[str]) -> dict[str, Any]:
@@ -181,18 +177,3 @@ def labelled_cut(cut: Mapping[str, Any], utterance: Agreement, models: Sequence[
     custom = {**(supervision.get("custom") or {}), "pseudo_label": scores}
     rest = {name: value for name, value in supervision.items() if name != "alignment"}
     return {**cut, "supervisions": [{**rest, "text": utterance.label, "custom": custom}]}
-
-
-def _cuts(path: Path) -> Iterator[dict[str, Any]]:
-    """The readable cuts of a manifest; damaged ones were counted when the shard was scored."""
-    try:
-        with gzip.open(path, "rb") as file:
-            for line in file:
-                try:
-                    cut = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(cut, dict):
-                    yield cut
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return
