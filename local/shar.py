@@ -18,9 +18,6 @@ import soundfile
 from zipformer_crctc.sharwriter import open_shard
 
 SAMPLING_RATE = 16_000
-CUTS_PER_SHARD = 20_000
-"""The published shards hold at most this many cuts."""
-
 INT16_SCALE = 32_768
 
 

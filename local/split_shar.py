@@ -6,21 +6,20 @@ A hash of its id alone decides about an utterance, so the parts are the same in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from local.command import positive_int, run
+from local.command import positive_int, run, stable_hash
 from local.shar import clear_shards
 from zipformer_crctc.shar import Skipped, find_shards
-from zipformer_crctc.sharwriter import copy_shard
+from zipformer_crctc.sharcopy import copy_shard
 
 
 def part_of(utterance_id: str, parts: int) -> int:
     """The part, from 1, that an utterance belongs to."""
-    return int.from_bytes(hashlib.sha256(f"part {utterance_id}".encode()).digest()[:8], "big") % parts + 1
+    return stable_hash(f"part {utterance_id}") % parts + 1
 
 
 def split(source: Path, output: Path, parts: int = 2) -> list[int]:

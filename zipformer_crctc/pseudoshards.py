@@ -17,7 +17,8 @@ from typing import Any
 from zipformer_crctc.agreement import Agreement, distribution
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.shar import DataError, Shard
-from zipformer_crctc.sharwriter import copy_shard, remove_shard
+from zipformer_crctc.sharcopy import copy_shard
+from zipformer_crctc.sharwriter import remove_shard
 
 NO_PHONE = "no phone in the label"
 

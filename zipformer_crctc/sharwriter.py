@@ -1,6 +1,7 @@
-"""Write and copy shar shards as IPAPack++ has them: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar.
+"""Write shar shards as IPAPack++ has them: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar.
 
 The same cuts give the same bytes: time stamps in the gzip and tar headers are zero.
+Nothing here imports torch: the processes that make synthetic speech live for one shard each.
 """
 
 from __future__ import annotations
@@ -9,13 +10,10 @@ import gzip
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from zipformer_crctc.shar import Shard, Skipped, read_shard
 
 Add = Callable[[Mapping[str, Any], bytes], None]
 """Takes a lhotse MonoCut as plain data, and its audio as the bytes of a FLAC file."""
@@ -67,50 +65,6 @@ def open_shard(folder: Path, number: int) -> Iterator[Add]:
     finally:
         tar_part.unlink(missing_ok=True)
         cuts_part.unlink(missing_ok=True)
-
-
-def copy_shard(
-    shard: Shard,
-    folder: Path,
-    change: Callable[[Mapping[str, Any]], Mapping[str, Any] | None],
-    skipped: Skipped | None = None,
-) -> int:
-    """Copy the cuts of a shard to a shard of the same number in `folder`, with their audio as it is.
-
-    change: gives the cut to write for a cut that can be read, or None to leave it out.
-    skipped: counts what cannot be read; None where that is known already.
-
-    Returns the number of cuts written; of a shard without any there is no file.
-    """
-    readable = read_shard(shard, Skipped() if skipped is None else skipped, need_text=False)
-    places = {utterance.id: utterance for utterance in readable}
-    count = 0
-    with shard.recording.open("rb") as tar, open_shard(folder, shard.number) as add:
-        for cut in _cuts(shard.cuts):
-            place = places.get(cut.get("id", ""))
-            changed = change(cut) if place is not None else None
-            if place is not None and changed is not None:
-                tar.seek(place.offset)
-                add(changed, tar.read(place.size))
-                count += 1
-    if not count:
-        remove_shard(folder, shard.number)
-    return count
-
-
-def _cuts(path: Path) -> Iterator[dict[str, Any]]:
-    """The cuts of a manifest, without damaged ones: `read_shard` counts those."""
-    try:
-        with gzip.open(path, "rb") as file:
-            for line in file:
-                try:
-                    cut = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(cut, dict):
-                    yield cut
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:
