@@ -128,5 +128,5 @@ if runs 5; then
   done
   python zipformer_crctc/report.py "$exp_dir/teacher-1/ctc-greedy-search" "$exp_dir/student/ctc-greedy-search" \
     --suffix "$suffix" --other-suffix "$suffix" --names before,after --output "$exp_dir/report.html"
-  cat "$exp_dir/report.md"
+  sed '/^## /,$d' "$exp_dir/report.md"
 fi

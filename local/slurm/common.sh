@@ -47,7 +47,7 @@ run_steps() { # run a command; at USR1 or TERM end it and put the job back into 
   if [ "$status" -eq 0 ]; then
     return 0
   fi
-  # torchrun and srun turn 75 of a process into 1 or 143, so the signal counts as well.
+  # torchrun ends with status 1 after a signal, whatever its processes end with, so the signal counts as well.
   if [ "$status" -eq "$again" ] || [ "$interrupted" = true ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
