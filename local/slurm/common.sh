@@ -32,10 +32,12 @@ stage_data() { # copy STAGE_FROM to STAGE_TO on every node; what is there alread
 
 run_steps() { # run a command; at USR1 or TERM end it and put the job back into the queue, so too at status 75
   local status=0
-  interrupted=false
+  interrupted=false steps=
+  # Before the start: a signal that comes early must not end this script alone.
+  trap 'interrupted=true; [ -z "$steps" ] || kill -TERM "$steps" 2>/dev/null || true' USR1 TERM
   "$@" &
   steps=$!
-  trap 'interrupted=true; kill -TERM "$steps" 2>/dev/null || true' USR1 TERM
+  [ "$interrupted" = false ] || kill -TERM "$steps" 2>/dev/null || true
   # A signal ends `wait` before the command ends: wait again.
   while true; do
     status=0
