@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from local.command import load_tokenizer, positive_int, run
+from local.command import add_phones, load_tokenizer, positive_int, run
 from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.filters import FilterLimits, TrainingFilter, alignment_problem
 from zipformer_crctc.objective import TargetEncoder
@@ -138,11 +138,7 @@ def report_all(sets: DataSets, tokenizer: PhoneTokenizer, jobs: int = 1) -> None
         result = report_set(folder, tokenizer, limits, jobs)
         log_report(kind, name, result, limits is None)
         kept[kind] += result.kept
-    _refuse_nothing([kind for kind in ("train", "unsup") if getattr(sets, kind) and not kept[kind]], sets)
-
-
-def _refuse_nothing(empty: Sequence[str], sets: DataSets) -> None:
-    if empty:
+    if empty := [kind for kind in ("train", "unsup") if getattr(sets, kind) and not kept[kind]]:
         raise ValueError(
             f"{sets.source}: nothing is left of {' and '.join(empty)} after the filters: change the limits under "
             "filters there (for single words, prepare.sh --filters alignable), or correct the data"
@@ -152,7 +148,7 @@ def _refuse_nothing(empty: Sequence[str], sets: DataSets) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-config", type=Path, required=True, help="YAML file that lists the sets")
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+    add_phones(parser)
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes")
     args = parser.parse_args()
     report_all(load_data_config(args.data_config), load_tokenizer(args.phones), args.jobs)

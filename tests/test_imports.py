@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zipformer_crctc"
 MODULES = sorted(path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__")
-PROGRAMS = {"train", "decode", "report", "align", "time_errors"}
+PROGRAMS = {"train", "decode", "report", "align", "time_errors", "pseudo_label"}
 
 MODEL = ["schedule", "regularisers", "activations", "frontend", "attention", "layers", "encoder", "model", "losses"]
 """The model in the order of its parts: each imports only what stands before it."""
