@@ -34,6 +34,8 @@ class Recogniser:
     model: CtcModel
     tokenizer: PhoneTokenizer
     config: ModelConfig
+    published_padding: bool = False
+    """Whether padding leaks into the utterances before it; else the batch makes no difference."""
 
     @property
     def device(self) -> torch.device:
@@ -47,11 +49,15 @@ class Recogniser:
 
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N, T', V) of a batch on the model's device, and the number of output frames (N,)."""
-        features, num_frames = batch.features.to(self.device), batch.num_frames.to(self.device)
+        return self.log_probs_of(batch.features, batch.num_frames)
+
+    def log_probs_of(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of features (N, T, 80), padded with ln(1e-10), and their lengths (N,)."""
+        features, num_frames = features.to(self.device), num_frames.to(self.device)
         if self.config.causal:
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
-        log_probs, lengths = self.model(features, num_frames)
+        log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
 
 
@@ -86,7 +92,7 @@ def load_recogniser(args: DecodeArgs) -> Recogniser:
     tokenizer = _tokenizer(args.data.bpe_model, payload)
     model = build_model(config, tokenizer.vocab_size)
     checkpoint.load_model(model, state, path)
-    return Recogniser(model.eval().to(device), tokenizer, config)
+    return Recogniser(model.eval().to(device), tokenizer, config, decode.published_padding)
 
 
 def stored_model_config(payload: dict[str, Any], state: checkpoint.State, path: Path) -> ModelConfig:
@@ -152,6 +158,7 @@ def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) ->
         num_workers=args.data.num_workers,
         need_text=False,
         keep_alignment=keep_alignment,
+        zero_padded=args.decode.published_padding,
         pin_memory=choose_device(args.decode.device).type == "cuda",
     )
 
