@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,14 @@ TOLERANCE = 1e-4
 UTTERANCES = int(os.environ.get("ISOLATION_UTTERANCES", "12"))
 """200 for the full check, which takes minutes."""
 
-MODELS: dict[str, dict[str, object]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "not causal": {},
     "whole-utterance chunks": {"causal": True, "chunk_size": (-1,), "left_context_frames": (-1,)},
     "chunks of 32": {"causal": True, "chunk_size": (32,), "left_context_frames": (64,)},
 }
 
 
-def recogniser(sizes: dict[str, object], factor: int, published_padding: bool = False) -> Recogniser:
+def recogniser(sizes: dict[str, Any], factor: int, published_padding: bool = False) -> Recogniser:
     model = draw_parameters(small_model(vocab_size=127, output_downsampling_factor=factor, **sizes), 0.15).eval()
     config = ModelConfig(output_downsampling_factor=factor).with_values(sizes)
     return Recogniser(model, PhoneTokenizer.from_table(), config, published_padding)
@@ -65,13 +66,13 @@ def differences(model: Recogniser, num_frames: list[int], batch_sizes: tuple[int
 
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
-def test_log_probs_do_not_depend_on_the_batch(sizes: dict[str, object], factor: int) -> None:
+def test_log_probs_do_not_depend_on_the_batch(sizes: dict[str, Any], factor: int) -> None:
     model = recogniser(sizes, factor)
     assert float(differences(model, mixed_lengths(UTTERANCES), (8, 64)).max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
-def test_the_published_behaviour_comes_back(sizes: dict[str, object]) -> None:
+def test_the_published_behaviour_comes_back(sizes: dict[str, Any]) -> None:
     """It is the model's own default, and there the shorter utterances of a batch do change."""
     model = recogniser(sizes, 1, published_padding=True)
     found = differences(model, [120, 75, 50, 33], (4,))[0]
@@ -84,7 +85,7 @@ def test_the_published_behaviour_comes_back(sizes: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
-def test_a_batch_of_one_is_the_reference(sizes: dict[str, object]) -> None:
+def test_a_batch_of_one_is_the_reference(sizes: dict[str, Any]) -> None:
     model: CtcModel = recogniser(sizes, 1).model
     features = random_batch([101], [""]).features
     frames = torch.tensor([101])

@@ -280,7 +280,7 @@ class DecodeConfig:
     test_sets: tuple[str, ...] = ()
     """Comma list of sets of --data-config, by name or "dev" or "test" for all of a kind, or folders; default: test."""
     output_formats: tuple[str, ...] = ("jsonl",)
-    """Comma list of jsonl (always written), ctm and textgrid: files with the phones in time."""
+    """Comma list of jsonl (always written), ctm, textgrid and srt: files with the phones in time."""
     time_correction: Path | None = None
     """JSON file with the correction of the times that time_errors.py fitted; without it the built-in one."""
     device: str = "auto"

@@ -47,7 +47,7 @@ class Source:
 
 
 class ArrayStream:
-    """Samples (S,) or (S, channels) in memory, as `AudioStream` gives those of a file; integers are scaled to [-1, 1)."""
+    """Samples (S,) or (S, channels) in memory, given as `AudioStream` does; integers are scaled to [-1, 1)."""
 
     def __init__(self, samples: Any, sampling_rate: float = SAMPLING_RATE, channel: int | None = None) -> None:
         self.samples = np.asarray(samples)
@@ -97,7 +97,7 @@ def find_sources(
 
     Args:
         inputs: paths of files and folders (searched to the bottom for files with AUDIO_SUFFIXES), patterns (`*`, `?`,
-            `[...]`, `**`), `-` for standard input, and arrays. What does not exist becomes a source that cannot be read.
+            `[...]`, `**`), `-` for standard input, and arrays. A path that does not exist is a source that fails.
         sampling_rate: of the arrays.
         channel: from 1; None is the mean of all.
     """
@@ -121,7 +121,7 @@ def _paths(given: str) -> Iterator[tuple[str, Path]]:
     """Name and path of each file behind a path or pattern."""
     path = Path(given)
     if not path.exists() and re.search(r"[*?\[]", given):
-        matches = sorted(glob.glob(given, recursive=True))
+        matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (Path takes no absolute patterns)
         if not matches:
             logger.warning("%s: nothing fits this pattern", given)
         for match in matches:

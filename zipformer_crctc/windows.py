@@ -1,9 +1,9 @@
 """Recordings of any length through a model that was trained on utterances: overlapping windows, and back.
 
-A recording that fits into one window is passed whole. A longer one is cut into windows that begin on a grid on which all
-frame rates of the model meet, so that a frame of a window is the same stretch of audio as that of the whole; of each
-window the middle of the overlap and what lies between is kept. What is put together is cut again for the search, where
-the model is surest that nothing begins: so hours of audio never stand in memory at once.
+A recording that fits into one window is passed whole. A longer one is cut into windows that begin on a grid on which
+all frame rates of the model meet, so that a frame of a window is the same stretch of audio as that of the whole; of
+two windows each is kept up to the middle of their overlap. What is put together is cut again for the search, where the
+model is surest that nothing begins: so hours of audio never stand in memory at once.
 
 Legend: S samples at 16 kHz, T feature frames of 10 ms, T' output frames, V pieces.
 """
@@ -60,8 +60,8 @@ def make_grid(config: ModelConfig, window: float, overlap: float) -> Grid:
     margin, whole = units(overlap / 2), units(window)
     if not (overlap > 0 and whole > 4 * margin):
         raise ValueError(
-            f"windows of {window:g} s with an overlap of {overlap:g} s: the overlap must be above 0 and below half of the "
-            f"window, in steps of {unit / SAMPLING_RATE:g} s; give a longer window or a shorter overlap"
+            f"windows of {window:g} s with an overlap of {overlap:g} s: the overlap must be above 0 and below half of "
+            f"the window, in steps of {unit / SAMPLING_RATE:g} s; give a longer window or a shorter overlap"
         )
     return Grid(whole * unit, margin * unit, config.output_downsampling_factor * 2 * FRAME_SHIFT)
 
@@ -78,7 +78,7 @@ class Window:
 
 def cut_windows(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
     """Windows of a stream of samples; holds one window and one block at a time."""
-    held = np.zeros(0, np.float32)
+    held: np.ndarray = np.zeros(0, np.float32)
     first = True
     for block in blocks:
         held = np.concatenate([held, block])
