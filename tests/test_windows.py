@@ -61,4 +61,4 @@ def test_pieces_are_cut_in_a_pause_and_lose_nothing() -> None:
     assert starts == np.cumsum([0, *(len(piece.log_probs) for piece in pieces[:-1])]).tolist()
     whole = greedy_search(log_probs[None], torch.tensor([400]))[0].tokens
     parts = [greedy_search(piece.log_probs[None], torch.tensor([len(piece.log_probs)]))[0].tokens for piece in pieces]
-    assert sum(parts, []) == whole
+    assert [token for part in parts for token in part] == whole
