@@ -99,7 +99,7 @@ def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> N
     """What is held does not grow with the recording: an hour here, silence that is made as it is read."""
 
     class Silence:
-        warning = None
+        warning: str | None = None
         given = 0
 
         def __iter__(self) -> Iterator[np.ndarray]:
@@ -135,9 +135,9 @@ def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(held) <= 2 * 30 * 50 + 30 * 50
 
 
-def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones(tmp_path: Path) -> None:
+def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones() -> None:
     class Broken:
-        warning = None
+        warning: str | None = None
 
         def __iter__(self) -> Iterator[np.ndarray]:
             yield babble(9.0)
@@ -146,14 +146,14 @@ def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones(tmp_path:
     model = recognizer(window=4.0, overlap=1.0, batch_seconds=1.0)
     other = babble(2.0, 1)
     (result,) = model.transcribe(other)
-    sources = [Source("bad", "bad.wav", streams[0]), Source("good", "", _Blocks(other))]
+    sources = [Source("bad", "bad.wav", Broken()), Source("good", "", _Blocks(other))]
     bad, good = model.stream(sources)
     assert bad.problem == "torn" and bad.phones == []
     assert good.phones == result.phones
 
 
 class _Blocks:
-    warning = None
+    warning: str | None = None
 
     def __init__(self, samples: np.ndarray) -> None:
         self.samples = samples
