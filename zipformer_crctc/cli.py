@@ -30,8 +30,8 @@ EXTRAS = {
     "tensorboard": "train",
     "onnxruntime": "onnx",
     "onnx": "onnx",
-    "gradio": "demo",
     "safetensors": "hf",
+    "huggingface_hub": "hf",
     "k2": "k2",
 }
 """The extra of this package that brings what a program found missing."""
