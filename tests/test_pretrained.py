@@ -120,7 +120,7 @@ def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path)
 
     hub = SimpleNamespace(hf_hub_download=download, snapshot_download=snapshot)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert bias("someone/zipa/exp/model.pt") == 3.0
     with pytest.raises(CheckpointError, match=r"has no model.safetensors; name one of its checkpoints"):
         find_weights("someone/zipa")
