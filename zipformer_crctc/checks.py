@@ -61,7 +61,7 @@ SEARCH_FIELDS = (
     *("inventory", "blank_penalty", "num_paths", "nbest_scale"),
 )
 """Fields of DecodeConfig that set the search."""
-OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid")
+OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid", "srt")
 METHODS = (GREEDY_SEARCH, BEAM_SEARCH, BEST_PATH, NBEST)
 LEXICON_METHODS = (
     "1best",
