@@ -223,7 +223,7 @@ def is_alive(group: int) -> bool:
 
 
 def test_torchrun_starts_it_too(corpus: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29873"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = train_flags(corpus, tmp_path, max_duration=3, num_steps=2)
     script = str(ROOT / "zipformer_crctc" / "train.py")
     done = subprocess.run([*program, script, *flags], capture_output=True, text=True, timeout=300)

@@ -18,8 +18,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 logger = logging.getLogger(__name__)
 
 PAUSES = (1.0, 4.0, 16.0)
@@ -47,6 +45,8 @@ def read_list(path: Path) -> list[tuple[str, str]]:
     """(cuts, recording) of each shard in a list. Raises ValueError where it is none."""
     remedy = "give two lists of one length, cuts and recording, as for lhotse's CutSet.from_shar(fields=...)"
     cuts: Any
+    import yaml  # installations that only transcribe can do without
+
     recordings: Any
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
