@@ -171,6 +171,8 @@ class TrainConfig:
     """Half precision on a GPU: bfloat16 unless --precision fp16."""
     num_threads: int = 0
     """CPU threads of a process; 0 leaves the choice to PyTorch."""
+    process_timeout: float = 600.0
+    """Seconds that processes wait for one that is gone before they end too; more than it takes to save a checkpoint."""
     exp_dir: Path = Path("zipformer/exp")
     """Folder for checkpoints and logs."""
     seed: int = 42
@@ -179,6 +181,9 @@ class TrainConfig:
     """Last epoch, counted from 1."""
     num_steps: int = 0
     """End the run after this many batches, whatever the epoch; 0 ends it by --num-epochs."""
+    resume: str = "no"
+    """auto: go on from the newest checkpoint of --exp-dir that can be loaded, or begin where there is none; no: do as
+    --start-batch and --start-epoch say."""
     start_epoch: int = 1
     """Resume from epoch-{this - 1}.pt if above 1."""
     start_batch: int = 0
