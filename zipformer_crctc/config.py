@@ -224,6 +224,10 @@ class TrainConfig:
     """Batches between log lines."""
     valid_interval: int = 3000
     """Batches between validations."""
+    scan_oom: bool = False
+    """Before training, try the largest batches of an epoch (of each length), to see whether they fit into memory."""
+    dry_run: bool = False
+    """Tell the size of the model, batches in an epoch, memory and time for a step, after a few; write nothing."""
     inf_check: bool = False
     """Report the modules whose outputs or gradients are infinite; slow."""
     tensorboard: bool = True

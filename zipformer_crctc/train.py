@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import math
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +39,7 @@ from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.objective import Objective, TargetEncoder
 from zipformer_crctc.optim import Eden, ScaledAdam
 from zipformer_crctc.preemption import REQUEUE, Preemption
+from zipformer_crctc.probe import GIB, EpochPlan, naming_batch, plan_epoch, scan_memory, state_bytes
 from zipformer_crctc.randomstate import random_state, seed_everything, set_random_state
 from zipformer_crctc.resume import PREEMPTED, named_checkpoint, newest_checkpoint
 from zipformer_crctc.schedule import set_batch_count
@@ -48,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_INTERVAL = 10
 """Batches between settings of the scheduled values."""
+
+DRY_RUN_STEPS = 5
+"""Steps that --dry-run times."""
 
 CLIPPING_SCALE = 2.0
 """The optimizer clips gradients beyond this many times their usual size."""
@@ -115,18 +121,25 @@ def load_tokenizer(path: Path | None) -> PhoneTokenizer:
 def run(rank: int, world_size: int, args: TrainArgs, sets: DataSets) -> None:
     """One training process, from its start to the end of training."""
     config = args.config
-    set_up_logging(config.train.exp_dir / "log", rank, world_size)
+    set_up_logging(None if config.train.dry_run else config.train.exp_dir / "log", rank, world_size)
     if rank == 0:
         for warning in args.warnings:
             logger.warning(warning)
-        if stale := checkpoint.remove_stale(config.train.exp_dir):
+        if not config.train.dry_run and (stale := checkpoint.remove_stale(config.train.exp_dir)):
             logger.info("deleted %d files that a killed process left half-written", len(stale))
     train = config.train
     with (
         Preemption() as preemption,
         process_group(rank, world_size, train.device, train.num_threads, train.process_timeout) as process,
     ):
-        Trainer(config, process, sets, preemption).fit()
+        trainer = Trainer(config, process, sets, preemption)
+        try:
+            if train.dry_run:
+                trainer.dry_run()
+            else:
+                trainer.fit()
+        finally:
+            trainer.close()
 
 
 def build_loaders(
@@ -183,6 +196,7 @@ class Trainer:
     def __init__(self, config: Config, process: Process, sets: DataSets, preemption: Preemption) -> None:
         self.config = config
         self.process = process
+        self.sets = sets
         self.preemption = preemption
         self.exp_dir = config.train.exp_dir
         seed_everything(config.train.seed, process.rank)
@@ -219,7 +233,10 @@ class Trainer:
         self.window: list[tuple[Batch, Tensor]] = []
         self.unsaved: str | None = None
         self.metrics = MetricsWriter(
-            config.train, process.is_main, config_to_dict(config), self.progress.batch_idx_train
+            config.train,
+            process.is_main and not config.train.dry_run,
+            config_to_dict(config),
+            self.progress.batch_idx_train,
         )
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         logger.info(
@@ -238,6 +255,8 @@ class Trainer:
             if self._is_finished():
                 logger.info("--num-steps %d is over: nothing is left to do", train.num_steps)
                 return
+            if train.scan_oom:
+                self._scan_memory()
             while train.num_steps or self.progress.cur_epoch <= train.num_epochs:
                 self._begin_epoch()
                 self._train_epoch()
@@ -259,11 +278,59 @@ class Trainer:
             if self.process.is_main:
                 self._write("bad-model-0.pt", None)
             raise
-        finally:
-            self.metrics.close()
-            for loader in (self.train_loader, self.unsup_loader, self.valid_loader):
-                if loader is not None:
-                    loader.close()
+
+    def close(self) -> None:
+        """Write what is left, and end the workers of the loaders."""
+        self.metrics.close()
+        for loader in (self.train_loader, self.unsup_loader, self.valid_loader):
+            if loader is not None:
+                loader.close()
+
+    def dry_run(self) -> None:
+        """Tell what the run will need. A few steps are made, nothing is written."""
+        train, size = self.config.train, sum(p.numel() for p in self.model.parameters()) / 1e6
+        steps = self._scan_memory() if train.scan_oom else self._plan().steps
+        self._begin_epoch()
+        self.model.train()
+        set_batch_count(self.model, self._adjusted_batch_count())
+        times, audio = [], 0.0
+        for batch in itertools.islice(self.train_loader, DRY_RUN_STEPS):
+            self.progress.batch_idx_train += 1
+            started = time.monotonic()
+            self._train_step(batch)
+            if self.process.device.type == "cuda":
+                torch.cuda.synchronize(self.process.device)
+            times.append(time.monotonic() - started)
+            audio += batch.seconds
+        seconds = statistics.median(times)
+        logger.info("%.2f M parameters; with gradients and optimizer %.2f GiB", size, state_bytes(self.model) / GIB)
+        if self.process.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.process.device)
+            logger.info("at most %.2f GiB of the GPU's memory in use", peak / GIB)
+        logger.info("%d batches in an epoch, about %.0f s of audio each and process", steps, audio / len(times))
+        logger.info(
+            "%.3f s for a step (median of %d), %.2f h for an epoch", seconds, len(times), seconds * steps / 3600
+        )
+
+    def _plan(self, unsup: bool = False) -> EpochPlan:
+        """The batches of an epoch, by loaders of their own, so that the run's counts and places stay as they are."""
+        encode = TargetEncoder(self.tokenizer, self.config.data.remove_diacritics)
+        loaders = build_loaders(self.config, self.process, self.sets, encode)
+        loader = loaders[1] if unsup else loaders[0]
+        assert loader is not None
+        return plan_epoch(loader.order, self.progress.cur_epoch)
+
+    def _scan_memory(self) -> int:
+        """Forward and backward of the largest batches; returns the number of labelled ones in an epoch."""
+        plans = [self._plan()] + ([self._plan(unsup=True)] if self.unsup_loader is not None else [])
+
+        def loss_of(batch: Batch) -> Tensor:
+            return self.objective.train_loss(self.model, batch.to(self.process.device), self.autocast).total
+
+        peak = scan_memory(self.model, [batch for plan in plans for batch in plan.worst], loss_of, self.process.device)
+        in_use = f"; at most {peak / GIB:.2f} GiB in use" if peak else ""
+        logger.info("the largest batches of an epoch fit into memory%s", in_use)
+        return plans[0].steps
 
     def _is_finished(self) -> bool:
         return 0 < self.config.train.num_steps <= self.progress.batch_idx_train
@@ -348,7 +415,7 @@ class Trainer:
         wait: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(self.wrapped, DistributedDataParallel) and not synchronise:
             wait = self.wrapped.no_sync()
-        with wait:
+        with wait, naming_batch([batch.utterances]):
             plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
             loss = self.objective.train_loss(self.wrapped, batch.to(self.process.device), self.autocast, plain)
             self.scaler.scale(loss.total * scale).backward()
@@ -395,7 +462,7 @@ class Trainer:
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
         logger.warning("batch %d: a loss or a gradient is not finite, step skipped", progress.batch_idx_train)
-        if may_be_the_cause:
+        if may_be_the_cause and not self.config.train.dry_run:
             batches = [batch for batch, _ in self.window]
             save_bad_batches(self.exp_dir, progress.batch_idx_train, self.process.rank, batches)
         if progress.skipped_in_a_row >= limit:

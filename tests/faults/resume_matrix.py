@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from runs import VERY_SMALL, end, losses, same_checkpoint, start  # noqa: E402
-from shar_folder import write_folder  # noqa: E402
+from runs import VERY_SMALL, end, last_step, losses, same_checkpoint, start
 
-from zipformer_crctc.preemption import REQUEUE  # noqa: E402
+from shar_folder import write_folder
+from zipformer_crctc.preemption import REQUEUE
 
 WORKERS = (0, 1, 2)
 
@@ -82,8 +82,7 @@ def stopped_run(
     for attempt, stop in enumerate([*stops, 0]):
         run = start(data, exp_dir, case.world_size, VERY_SMALL, **flags(case, steps, WORKERS[attempt % len(WORKERS)]))
         try:
-            if stop and run.wait_for_step(stop):
-                # kill -9 takes one rank or all; the rest of a torn group ends by itself or is ended by its launcher
+            if stop and run.wait_for_step(max(stop, last_step(exp_dir) + 1)):
                 run.send(number, rng.randrange(case.world_size) if number == signal.SIGTERM else None)
                 done += 1
             codes = run.wait()

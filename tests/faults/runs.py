@@ -74,7 +74,7 @@ class Run:
 def start(
     data_config: Path,
     exp_dir: Path,
-    world_size: int = 1,
+    ranks: int = 1,
     sizes: tuple[str, ...] = (),
     prepare: Callable[[int], None] | None = None,
     **flags: Any,
@@ -84,8 +84,7 @@ def start(
     port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_rank, args=(argv, exp_dir, rank, world_size, port, prepare))
-        for rank in range(world_size)
+        context.Process(target=_rank, args=(argv, exp_dir, rank, ranks, port, prepare)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -142,12 +141,17 @@ def losses(exp_dir: Path) -> dict[tuple[str, int], dict[str, float]]:
     return told
 
 
+PARTS = ("model", "model_avg", "scheduler", "sampler", "gradients", "rank_states", "schedule_batch_count")
+
+
 def same_checkpoint(first: Path, second: Path) -> bool:
-    """Whether parameters, averages and optimizer states are equal to the bit."""
-    return _equal(*({name: checkpoint.load(path)[name] for name in PARTS} for path in (first, second)))
-
-
-PARTS = ("model", "model_avg", "optimizer", "scheduler", "sampler", "rank_states", "schedule_batch_count")
+    """Whether parameters, averages, optimizer states, random states and places in the data are equal to the bit."""
+    states = []
+    for path in (first, second):
+        payload = checkpoint.load(path)
+        # PyTorch adds a setting without effect to the groups of an optimizer that was loaded.
+        states.append({name: payload[name] for name in PARTS} | {"optimizer": payload["optimizer"]["state"]})
+    return _equal(*states)
 
 
 def _equal(a: Any, b: Any) -> bool:
