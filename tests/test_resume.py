@@ -12,9 +12,11 @@ from zipformer_crctc import checkpoint
 from zipformer_crctc.config import TrainConfig
 from zipformer_crctc.resume import named_checkpoint, newest_checkpoint
 
+WEIGHT = torch.randn(50, generator=torch.Generator().manual_seed(0))
+
 
 def write(folder: Path, name: str, batches: int) -> None:
-    checkpoint.save(folder / name, {"batch_idx_train": batches, "model": {"weight": torch.randn(50)}})
+    checkpoint.save(folder / name, {"batch_idx_train": batches, "model": {"weight": WEIGHT}})
 
 
 def newest(folder: Path) -> str | None:
@@ -53,9 +55,10 @@ def test_damaged_ones_are_named_and_passed_over(tmp_path: Path, caplog: pytest.L
     for name in names[1:]:
         content = bytearray((tmp_path / name).read_bytes())
         if damage == "a byte":
-            weights = content.index(b"data/0") + 100
-            content[weights] ^= 1
-        (tmp_path / name).write_bytes({"cut off": content[:-200], "empty": b"", "a byte": content}[damage])
+            content[content.index(WEIGHT.numpy().tobytes()) + 100] ^= 1
+        (tmp_path / name).write_bytes(
+            {"cut off": bytes(content[:-200]), "empty": b"", "a byte": bytes(content)}[damage]
+        )
     with caplog.at_level(logging.ERROR):
         assert newest(tmp_path) == "checkpoint-20.pt"
     assert all(name in caplog.text for name in names[1:])

@@ -30,6 +30,7 @@ def newest_checkpoint(exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for path in _most_batches_first(exp_dir):
         try:
+            checkpoint.verify(path)
             return path, checkpoint.load(path)
         except checkpoint.CheckpointError as error:
             logger.error("%s. The checkpoint before it is taken", error)

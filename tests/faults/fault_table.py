@@ -33,8 +33,8 @@ from zipformer_crctc import checkpoint, distributed, objective
 from zipformer_crctc.preemption import REQUEUE
 from zipformer_crctc.resume import newest_checkpoint
 
-SHORT = {"num_steps": 8, "max_duration": 4, "save_every_n": 2, "valid_interval": 4, "resume": "auto"}
-LONG = {**SHORT, "num_steps": 100_000, "valid_interval": 1000, "process_timeout": 60}
+SHORT: dict[str, Any] = {"num_steps": 8, "max_duration": 4, "save_every_n": 2, "valid_interval": 4, "resume": "auto"}
+LONG: dict[str, Any] = {**SHORT, "num_steps": 100_000, "valid_interval": 1000, "process_timeout": 60}
 FULL_DISK_BYTES = 50_000
 """Largest file while the disk is "full": logs fit, checkpoints do not."""
 
@@ -52,7 +52,7 @@ def slow_writes(rank: int) -> None:
         time.sleep(0.05)
         fsync(descriptor)
 
-    os.fsync = slow
+    os.fsync = slow  # type: ignore[assignment]
 
 
 def kill_many(data: Path, folder: Path, kills: int, rng: random.Random) -> bool:
@@ -120,7 +120,7 @@ def full_disk(data: Path, exp_dir: Path) -> Row:
 def dead_rank(data: Path, exp_dir: Path) -> Row:
     run = start(data, exp_dir, 1, VERY_SMALL, **{**LONG, "world_size": 2, "master_port": 29_881})
     try:
-        run.wait_for_step(2)
+        run.wait_for_step(3)
         parent = run.processes[0].pid
         children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
         trainers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -131,10 +131,10 @@ def dead_rank(data: Path, exp_dir: Path) -> Row:
     finally:
         end(run)
     named = re.search(r"rank 1 \(process \d+\) was killed by SIGKILL", console(exp_dir))
-    fine = codes == [1] and named is not None and seconds < distributed.DEATH_GRACE + 20
+    fine = codes == [1] and named is not None and seconds < distributed.DEATH_GRACE
     whole = newest_checkpoint(exp_dir) is not None
     said = named[0] if named else "not named"
-    return fine and whole, f'"{said}"; the other rank ended too (allowed: {distributed.DEATH_GRACE} s)'
+    return fine and whole, f'"{said}"; all had ended within {distributed.DEATH_GRACE} s, status {codes[0]}'
 
 
 def killed_launcher(data: Path, exp_dir: Path) -> Row:
@@ -205,7 +205,7 @@ def poisoned(value: float, first: int, last: int) -> Callable[[int], None]:
             calls[0] += 1
             return objective.Loss(loss.total * (value if first <= calls[0] <= last else 1.0), loss.sums)
 
-        objective.Objective.train_loss = train_loss  # type: ignore[method-assign]
+        objective.Objective.train_loss = train_loss  # type: ignore[method-assign, assignment]
 
     return prepare
 
@@ -239,7 +239,7 @@ def out_of_memory(data: Path, exp_dir: Path) -> Row:
                 raise torch.OutOfMemoryError("simulated")
             return original(self, *args)
 
-        objective.Objective.train_loss = train_loss  # type: ignore[method-assign]
+        objective.Objective.train_loss = train_loss  # type: ignore[method-assign, assignment]
 
     codes = start(data, exp_dir, 1, VERY_SMALL, prepare, **SHORT).wait()
     said = re.search(r"out of memory with a batch of \d+ utterances", console(exp_dir))
