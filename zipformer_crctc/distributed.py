@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -122,8 +122,9 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
         def pass_on(number: int, frame: FrameType | None) -> None:
             received.append(number)
             for process in processes:
-                if process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, number)
+                if process.pid is not None and process.exitcode is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, number)
 
         before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         try:
@@ -141,6 +142,8 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
 
 def _call(rank: int, run: Callable[..., None], *args: Any) -> None:
     """In the new process: tell what went wrong here, where it is known best."""
+    # spawn lets a process have SIGINT when its parent dies; in background jobs of a shell that would be ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         run(rank, *args)
     except Exception:
