@@ -112,6 +112,24 @@ def test_a_resumed_run_is_the_same_to_the_bit(corpus: Path, finished: Path, tmp_
     assert equal(first["optimizer"]["state"], second["optimizer"]["state"])
 
 
+@pytest.mark.parametrize("states", ["of two ranks", "none, as published"])
+def test_a_checkpoint_without_this_rank_s_random_states_is_good_enough(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: str
+) -> None:
+    payload = checkpoint.load(finished / "checkpoint-3.pt")
+    if states == "of two ranks":
+        payload["rank_states"] *= 2
+    else:
+        for key in ("rank_states", "gradients", "schedule_batch_count", "skipped_steps", "skipped_in_a_row"):
+            del payload[key]
+    checkpoint.save(tmp_path / "checkpoint-3.pt", payload)
+    warnings: list[str] = []
+    monkeypatch.setattr(train.logger, "warning", lambda text, *args: warnings.append(text % args))
+    train.main(train_flags(corpus, tmp_path, resume="auto", num_steps=4, plain_ctc_batches=2, save_every_n=1))
+    assert len(losses(tmp_path)) == 1
+    assert any("random numbers begin anew" in warning for warning in warnings)
+
+
 def test_a_signal_within_mixed_training_and_accumulation_changes_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
