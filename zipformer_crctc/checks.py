@@ -42,12 +42,16 @@ AT_MOST = {
     "beam": 64,
     "blank_skip": 1,
 }
-POSITIVE = ("nbest_scale", "quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
+POSITIVE = (
+    *("nbest_scale", "quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration"),
+    "process_timeout",
+)
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "fbank_device": ("workers", "model"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "input_strategy": ("AudioSamples",),
+    "resume": ("no", "auto"),
 }
 # Values whose feature is not there yet: (field, value) -> sentence.
 UNSUPPORTED = {
@@ -192,6 +196,8 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
         )
     if values["num_steps"] and values["start_batch"] >= values["num_steps"]:
         yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
+    if values["resume"] == "auto" and (values["start_batch"] > 0 or values["start_epoch"] > 1):
+        yield "--resume auto: finds the checkpoint itself; leave out --start-batch and --start-epoch, or --resume."
     if values["precision"] in ("bf16", "fp16") and values["device"] == "cpu":
         yield f"--precision {values['precision']}: a CPU trains in fp32; give fp32 or auto, or --device cuda."
 

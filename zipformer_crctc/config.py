@@ -178,6 +178,8 @@ class TrainConfig:
     """Half precision on a GPU: bfloat16 unless --precision fp16."""
     num_threads: int = 0
     """CPU threads of a process; 0 leaves the choice to PyTorch."""
+    process_timeout: float = 600.0
+    """Seconds that processes wait for one that is gone before they end too; more than it takes to save a checkpoint."""
     exp_dir: Path = Path("zipformer/exp")
     """Folder for checkpoints and logs."""
     seed: int = 42
@@ -186,6 +188,9 @@ class TrainConfig:
     """Last epoch, counted from 1."""
     num_steps: int = 0
     """End the run after this many batches, whatever the epoch; 0 ends it by --num-epochs."""
+    resume: str = "no"
+    """auto: go on from the newest checkpoint of --exp-dir that can be loaded, or begin where there is none; no: do as
+    --start-batch and --start-epoch say."""
     start_epoch: int = 1
     """Resume from epoch-{this - 1}.pt if above 1."""
     start_batch: int = 0
@@ -226,6 +231,10 @@ class TrainConfig:
     """Batches between log lines."""
     valid_interval: int = 3000
     """Batches between validations."""
+    scan_oom: bool = False
+    """Before training, try the largest batches of an epoch (of each length), to see whether they fit into memory."""
+    dry_run: bool = False
+    """Tell the size of the model, batches in an epoch, memory and time for a step, after a few; write nothing."""
     inf_check: bool = False
     """Report the modules whose outputs or gradients are infinite; slow."""
     tensorboard: bool = True

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from zipformer_crctc.audio import AudioError
 from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, State
 from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
+from zipformer_crctc.preemption import outlive_preemption
 from zipformer_crctc.remote import with_retries
 from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
@@ -273,6 +274,7 @@ class BatchLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=_PREFETCH if num_workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_preemption,
             generator=torch.Generator().manual_seed(0),  # leaves the program's own random numbers alone
         )
 
@@ -287,6 +289,12 @@ class BatchLoader:
             self._position.move(batch.epoch, batch.step + 1)
             yield batch
         self.set_position(self._position.epoch + 1)
+
+    def close(self) -> None:
+        """End the workers; nothing can be read after that."""
+        shutdown = getattr(self._loader._iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
     def set_position(self, epoch: int, step: int = 0) -> None:
         """The next pass begins at ``step`` of ``epoch``, which takes reading the indexes of all that comes before."""

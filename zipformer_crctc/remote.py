@@ -44,9 +44,9 @@ def with_retries(work: Callable[[], Result], what: str) -> Result:
 def read_list(path: Path) -> list[tuple[str, str]]:
     """(cuts, recording) of each shard in a list. Raises ValueError where it is none."""
     remedy = "give two lists of one length, cuts and recording, as for lhotse's CutSet.from_shar(fields=...)"
-    cuts: Any
     import yaml  # installations that only transcribe can do without
 
+    cuts: Any
     recordings: Any
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
