@@ -59,7 +59,7 @@ def main() -> None:
         "device": "cpu",
         "unit": "pairs/s",
         "ours": round(rate, 1),
-        "peer": round(peer_rate, 1),
+        "peer": {"name": "panphon, pair by pair", "speed": round(peer_rate, 1)},
         "ratio": round(rate / peer_rate, 1),
         "command": shlex.join(["python", "benchmarks/bench_pfer.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),

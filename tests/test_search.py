@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zipformer_crctc.forced_alignment import force_align
 from zipformer_crctc.search import Hypothesis, frame_time, greedy_search
 
 
@@ -21,6 +22,7 @@ def test_merges_repeats_and_removes_blanks() -> None:
     assert (first.tokens, first.frames) == ([5, 5, 6], [1, 4, 5])
     assert (second.tokens, second.frames) == ([4], [0])
     assert (third.tokens, third.frames) == ([], [])
+    assert [best.last_frames for best in (first, second, third)] == [[2, 4, 6], [1], []]
     assert first.score == pytest.approx(7 * torch.tensor(0.5).log().item(), abs=1e-5)
     assert second.score == pytest.approx(4 * torch.tensor(0.5).log().item(), abs=1e-5)
 
@@ -42,6 +44,14 @@ def test_equals_a_loop() -> None:
         assert found.score == pytest.approx(score, abs=1e-4)
 
 
+def test_its_path_is_the_best_one_through_its_tokens() -> None:
+    log_probs = torch.randn(20, 40, 6, generator=torch.Generator().manual_seed(1)).log_softmax(dim=2)
+    lengths = torch.arange(21, 41)
+    found = greedy_search(log_probs, lengths)
+    aligned = force_align(log_probs, lengths, [best.tokens for best in found])
+    assert [(best.frames, best.last_frames) for best in found] == [(path.first, path.last) for path in aligned]
+
+
 def test_padding_does_not_count() -> None:
     log_probs = path_log_probs([[4, 5, 6]], num_pieces=8)
     log_probs[0, 2] = float("nan")
@@ -61,7 +71,9 @@ def test_times_at_25_hz_lie_between_those_of_the_two_frames() -> None:
 
 def test_empty_input() -> None:
     assert greedy_search(torch.zeros(0, 5, 4), torch.zeros(0, dtype=torch.int64)) == []
-    assert greedy_search(torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.int64)) == 2 * [Hypothesis([], [], 0.0)]
+    assert greedy_search(torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.int64)) == 2 * [
+        Hypothesis([], [], 0.0, last_frames=[])
+    ]
 
 
 def test_wrong_shapes() -> None:

@@ -103,9 +103,11 @@ def test_segments_of_a_batch_equal_those_of_each_alone() -> None:
     log_probs = (4 * torch.randn(5, 40, 127, generator=generator)).log_softmax(dim=2)
     lengths = torch.tensor([40, 33, 1, 20, 39])
     durations = [0.02 * int(length) + 0.1 for length in lengths]
-    hypotheses = greedy_search(log_probs, lengths)
+    with_path = greedy_search(log_probs, lengths)
+    hypotheses = [replace(hypothesis, last_frames=None) for hypothesis in with_path]
     log_probs[torch.arange(40) >= lengths[:, None]] = float("nan")  # padding does not count
     together = hypothesis_segments(log_probs, lengths, hypotheses, durations, tokenizer)
+    assert hypothesis_segments(log_probs, lengths, with_path, durations, tokenizer) == together
     for n, hypothesis in enumerate(hypotheses):
         frames = log_probs[n : n + 1, : lengths[n]]
         assert hypothesis_segments(frames, lengths[n : n + 1], [hypothesis], durations[n : n + 1], tokenizer) == [

@@ -20,13 +20,12 @@ import torch
 
 from zipformer_crctc.audiotable import read_audio_table, table_batches
 from zipformer_crctc.checks import check_no_search
-from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
+from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.config import DecodeConfig
-from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.flags import raise_if_any
 from zipformer_crctc.forced_alignment import force_align
-from zipformer_crctc.loader import Batch, build_eval_loader
-from zipformer_crctc.recogniser import Recogniser, choose_test_sets, load_recogniser, result_suffix
+from zipformer_crctc.loader import Batch
+from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser, result_suffix
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.shar import Skipped, Utterance
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
@@ -82,15 +81,9 @@ class AlignedUtterance:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a bad configuration, missing data or an unfit checkpoint ends it with status 2 and one message."""
-    try:
-        args = parse_decode_args(argv, AlignConfig, "Align given IPA transcriptions with audio.")
-        if args.print_config:
-            print(args.to_json())
-            return
-        run(args)
-    except ValueError as error:  # configuration, data and checkpoint errors
-        print(f"align.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(
+        "align.py", lambda: parse_decode_args(argv, AlignConfig, "Align given IPA transcriptions with audio."), run
+    )
 
 
 def run(args: DecodeArgs) -> None:
@@ -101,30 +94,18 @@ def run(args: DecodeArgs) -> None:
     rows = read_audio_table(own.table, skipped) if own.table else []
     sets = {} if own.table else choose_test_sets(decode.test_sets, args.data.data_config)
     correction = TimeCorrection.read(decode.time_correction) if decode.time_correction else TimeCorrection()
-    device = choose_device(decode.device)
-    if decode.num_threads:
-        torch.set_num_threads(decode.num_threads)
-    recogniser = load_recogniser(args, device)
+    recogniser = load_recogniser(args)
     beside = decode.exp_dir if decode.checkpoint is None else decode.checkpoint.parent
     folder = own.output_dir or beside / "alignment"
     set_up_logging(folder / "log", rank=0, world_size=1, name="align")
     for warning in args.warnings:
         logger.warning(warning)
     suffix = result_suffix(decode, recogniser.config)
-    batches: dict[str, Iterable[Batch]] = {
-        name: build_eval_loader(
-            [path],
-            max_duration=args.data.max_duration,
-            num_workers=args.data.num_workers,
-            need_text=False,
-            pin_memory=device.type == "cuda",
-        )
-        for name, path in sets.items()
-    }
+    batches: dict[str, Iterable[Batch]] = {name: eval_loader(args, path) for name, path in sets.items()}
     if own.table:
         batches[own.table.stem] = table_batches(rows, args.data.max_duration, skipped)
     for name, source in batches.items():
-        aligned = align_set(recogniser, source, device, args.data.remove_diacritics, correction)
+        aligned = align_set(recogniser, source, args.data.remove_diacritics, correction)
         # The loader logs what it skips; a table's reader only counts it.
         if own.table and skipped.total:
             logger.warning("%s: not aligned: %s", name, skipped.report())
@@ -147,7 +128,6 @@ def _check(decode: DecodeConfig, own: AlignConfig) -> None:
 def align_set(
     recogniser: Recogniser,
     batches: Iterable[Batch],
-    device: torch.device,
     without_diacritics: bool = False,
     correction: TimeCorrection | None = None,
 ) -> list[AlignedUtterance]:
@@ -156,13 +136,12 @@ def align_set(
     Args:
         recogniser: the model.
         batches: features and texts.
-        device: of the model.
         without_diacritics: delete diacritics from the texts.
         correction: of the times; None is the default one.
     """
     results: list[AlignedUtterance] = []
     unknown = UnknownSymbols()
-    tokenizer, factor = recogniser.tokenizer, recogniser.config.output_downsampling_factor
+    tokenizer, factor = recogniser.tokenizer, recogniser.factor
     for batch in batches:
         if batch.is_empty:
             continue
@@ -171,7 +150,7 @@ def align_set(
         for text in texts:
             unknown.add(text, tokenizer)
         targets = [known_tokens(text, tokenizer) for text in texts]
-        log_probs, lengths = recogniser.log_probs(batch, device)
+        log_probs, lengths = recogniser.log_probs(batch)
         alignments = force_align(log_probs, lengths, targets)
         for n, (utterance, text, alignment) in enumerate(zip(batch.utterances, texts, alignments, strict=True)):
             problem = text_problem(text, targets[n], tokenizer) or alignment.problem

@@ -12,12 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from zipformer_crctc.checks import check_config, check_decode, check_decode_chunks, check_model
-from zipformer_crctc.config import BEAM_SEARCH, Config, DataConfig, DecodeConfig, ModelConfig, TrainConfig
+from zipformer_crctc.config import (
+    BEAM_SEARCH,
+    GREEDY_SEARCH,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from zipformer_crctc.flags import add_flags, field_docs, flag_name, format_value, raise_if_any, read_flags, to_plain
 from zipformer_crctc.presets import PRESETS, SHORT_PRESETS, with_planned_schedule
 
@@ -159,6 +168,25 @@ class DecodeArgs:
         return json.dumps(parts, indent=2, ensure_ascii=False)
 
 
+Args = TypeVar("Args", TrainArgs, DecodeArgs)
+
+
+def run_program(name: str, parse: Callable[[], Args], run: Callable[[Args], None]) -> None:
+    """What every program does: parse, and either print the configuration or run.
+
+    A bad configuration, missing data or an unfit checkpoint ends it with status 2 and one message.
+    """
+    try:
+        args = parse()
+        if args.print_config:
+            print(args.to_json())
+        else:
+            run(args)
+    except ValueError as error:  # configuration, data and checkpoint errors
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse_train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Configuration of train.py: the preset, with the flags given on top.
 
@@ -196,10 +224,12 @@ def parse_decode_args(
     argv: Sequence[str] | None = None,
     own: type | None = None,
     description: str = "Decode test sets and score them.",
+    decoding_method: str = GREEDY_SEARCH,
 ) -> DecodeArgs:
     """Configuration of decode.py; model sizes need not be given.
 
-    Other programs that use a trained model have the same flags, and those of the frozen dataclass ``own`` besides.
+    Other programs that use a trained model have the same flags, and those of the frozen dataclass ``own`` besides;
+    ``decoding_method`` is their default.
     ``argv`` is without the program's name, None for the process's own. Raises ConfigError; exits with status 2 for a
     flag that does not exist and with 0 for --help.
     """
@@ -210,7 +240,7 @@ def parse_decode_args(
     model, data, decode = (read_flags(given, cls, problems) for cls in (ModelConfig, DataConfig, DecodeConfig))
     inert, other = (read_flags(given, cls, problems) for cls in (InertDecoding, OtherHeads))
     own_flags = own(**read_flags(given, own, problems)) if own is not None else None
-    config, data_config = DecodeConfig(**decode), DataConfig(**data)
+    config, data_config = DecodeConfig(**{"decoding_method": decoding_method, **decode}), DataConfig(**data)
     raise_if_any([*problems, *check_decode(config, data_config, model)])
     warnings = [*_inert_warnings(OtherHeads, other), *_inert_warnings(InertDecoding, inert)]
     warnings += [f"{flag_name(name)} has no effect: it is about training." for name in TRAINING_DATA if name in data]

@@ -262,10 +262,10 @@ class DecodeConfig:
     """Beam search: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
     lm: Path | None = None
     """Beam search: n-gram phone language model, an ARPA file (.gz too), e.g. of local/train_phone_lm.py."""
-    lm_weight: float = 0.5
-    """Beam search: weight of the language model's log-probability."""
+    lm_weight: float = 0.3
+    """Beam search: weight of the language model's log-probability; tune_search.py finds it on dev data."""
     insertion_bonus: float = 0.0
-    """Beam search: bonus for each phone in nats; above 0 for longer hypotheses."""
+    """Beam search: bonus for each phone in nats, against the deletions that a language model brings; try 0.6."""
     top_tokens: int = 0
     """Beam search: only so many symbols of each frame, the most probable ones, may begin in it; 0 is all."""
     blank_skip: float = 0.0

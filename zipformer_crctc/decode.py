@@ -17,13 +17,12 @@ if __package__ in (None, ""):  # run as a script
 
 import torch
 
-from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
+from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.config import DecodeConfig
-from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.filters import alignment_problem
-from zipformer_crctc.loader import BatchLoader, build_eval_loader
+from zipformer_crctc.loader import BatchLoader
 from zipformer_crctc.methods import Search, build_search, search_suffix
-from zipformer_crctc.recogniser import Recogniser, choose_test_sets, load_recogniser, result_suffix
+from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser, result_suffix
 from zipformer_crctc.results import UtteranceResult, write_atomically, write_results
 from zipformer_crctc.table import score_table
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
@@ -36,15 +35,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a bad configuration, missing data or an unfit checkpoint ends it with status 2 and one message."""
-    try:
-        args = parse_decode_args(argv)
-        if args.print_config:
-            print(args.to_json())
-            return
-        run(args)
-    except ValueError as error:  # configuration, data and checkpoint errors
-        print(f"decode.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program("decode.py", lambda: parse_decode_args(argv), run)
 
 
 def run(args: DecodeArgs) -> None:
@@ -52,28 +43,16 @@ def run(args: DecodeArgs) -> None:
     decode = args.decode
     folder = _results_folder(decode)
     sets = choose_test_sets(decode.test_sets, args.data.data_config)
-    device = choose_device(decode.device)
-    if decode.num_threads:
-        torch.set_num_threads(decode.num_threads)
     correction = TimeCorrection.read(decode.time_correction) if decode.time_correction else None
-    recogniser = load_recogniser(args, device)
-    search = build_search(decode, recogniser.tokenizer, device, recogniser.config.output_downsampling_factor)
+    recogniser = load_recogniser(args)
+    search = build_search(decode, recogniser.tokenizer, recogniser.device, recogniser.factor)
     set_up_logging(folder / "log", rank=0, world_size=1, name="decode")
     for warning in args.warnings:
         logger.warning(warning)
-    loaders = {
-        name: build_eval_loader(
-            [path],
-            max_duration=args.data.max_duration,
-            num_workers=args.data.num_workers,
-            need_text=False,
-            pin_memory=device.type == "cuda",
-        )
-        for name, path in sets.items()
-    }
+    loaders = {name: eval_loader(args, path) for name, path in sets.items()}
     suffix = result_suffix(decode, recogniser.config) + search_suffix(decode)
     for name, loader in loaders.items():
-        results = decode_set(recogniser, loader, device, args.data.remove_diacritics, search, correction)
+        results = decode_set(recogniser, loader, args.data.remove_diacritics, search, correction)
         write_results(folder, name, suffix, decode.decoding_method, results)
         timed = [TimedUtterance(result.id, result.duration or 0.0, result.segments()) for result in results]
         write_time_files(folder, f"{name}-{suffix}", decode.output_formats, timed)
@@ -88,7 +67,6 @@ def run(args: DecodeArgs) -> None:
 def decode_set(
     recogniser: Recogniser,
     loader: BatchLoader,
-    device: torch.device,
     without_diacritics: bool = False,
     search: Search | None = None,
     correction: TimeCorrection | None = None,
@@ -98,20 +76,19 @@ def decode_set(
     Args:
         recogniser: the model.
         loader: of a set that is scored.
-        device: of the model.
         without_diacritics: delete diacritics from the references.
         search: from log-probs to hypotheses; None is the greedy one.
         correction: of the times; None is the default one.
     """
     results, unalignable = [], []
     unknown = UnknownSymbols()
-    tokenizer, factor = recogniser.tokenizer, recogniser.config.output_downsampling_factor
-    search = search or build_search(DecodeConfig(), tokenizer, device, factor)
+    tokenizer, factor = recogniser.tokenizer, recogniser.factor
+    search = search or build_search(DecodeConfig(), tokenizer, recogniser.device, factor)
     started, seconds = time.monotonic(), 0.0
     for batch in loader:
         if batch.is_empty:
             continue
-        log_probs, lengths = recogniser.log_probs(batch, device)
+        log_probs, lengths = recogniser.log_probs(batch)
         found = search(log_probs, lengths)
         best = [hypotheses[0] for hypotheses in found]
         durations = [utterance.duration for utterance in batch.utterances]

@@ -14,7 +14,7 @@ from torch import Tensor
 from zipformer_crctc.beam import BeamOptions, prefix_beam_search
 from zipformer_crctc.config import BEAM_SEARCH, DecodeConfig
 from zipformer_crctc.inventory import read_inventory
-from zipformer_crctc.ngram import Fusion, read_arpa
+from zipformer_crctc.ngram import Fusion, NgramLM, read_arpa
 from zipformer_crctc.search import Hypothesis, greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -23,10 +23,15 @@ Search = Callable[[Tensor, Tensor], list[list[Hypothesis]]]
 
 
 def build_search(
-    decode: DecodeConfig, tokenizer: PhoneTokenizer, device: torch.device | str = "cpu", factor: int = 1
+    decode: DecodeConfig,
+    tokenizer: PhoneTokenizer,
+    device: torch.device | str = "cpu",
+    factor: int = 1,
+    lm: NgramLM | None = None,
 ) -> Search:
     """The search that a configuration asks for, on a device; `factor` is the model's output downsampling factor.
 
+    lm: the language model, where it was read already and is on that device.
     Raises ValueError for a language model or an inventory that cannot be used.
     """
     allowed = None if decode.inventory is None else read_inventory(decode.inventory, tokenizer).to(device)
@@ -40,8 +45,9 @@ def build_search(
 
     options = BeamOptions(decode.beam, decode.nbest, decode.blank_skip, decode.top_tokens)
     fusion = None
-    if decode.lm is not None or decode.insertion_bonus:
-        lm = None if decode.lm is None else read_arpa(decode.lm, tokenizer).to(device)
+    if lm is None and decode.lm is not None:
+        lm = read_arpa(decode.lm, tokenizer).to(device)
+    if lm is not None or decode.insertion_bonus:
         fusion = Fusion(lm, decode.lm_weight, decode.insertion_bonus)
 
     def beam(log_probs: Tensor, lengths: Tensor) -> list[list[Hypothesis]]:

@@ -15,8 +15,9 @@ from zipformer_crctc import checkpoint
 from zipformer_crctc.commandline import DecodeArgs, resolve_model
 from zipformer_crctc.config import DecodeConfig, ModelConfig, config_from_dict, model_from_published
 from zipformer_crctc.dataconfig import load_data_config
+from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.features import LOG_EPS
-from zipformer_crctc.loader import Batch
+from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader
 from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.model_sizes import sizes_from_state_dict
 from zipformer_crctc.results import file_suffix
@@ -34,9 +35,19 @@ class Recogniser:
     tokenizer: PhoneTokenizer
     config: ModelConfig
 
-    def log_probs(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """The model's output downsampling factor."""
+        return self.config.output_downsampling_factor
+
+    def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N, T', V) of a batch on the model's device, and the number of output frames (N,)."""
-        features, num_frames = batch.features.to(device), batch.num_frames.to(device)
+        features, num_frames = batch.features.to(self.device), batch.num_frames.to(self.device)
         if self.config.causal:
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
@@ -44,13 +55,17 @@ class Recogniser:
         return log_probs, lengths
 
 
-def load_recogniser(args: DecodeArgs, device: torch.device) -> Recogniser:
-    """The averaged model that the flags name, with its tokenizer.
+def load_recogniser(args: DecodeArgs) -> Recogniser:
+    """The averaged model that the flags name, with its tokenizer, on the device they name; sets the CPU threads.
 
     Raises:
         CheckpointError, ConfigError: files that are missing or do not fit together.
+        ValueError: a GPU is wanted that is not there.
     """
     decode = args.decode
+    device = choose_device(decode.device)
+    if decode.num_threads:
+        torch.set_num_threads(decode.num_threads)
     if decode.checkpoint is not None:
         path = decode.checkpoint
         payload = checkpoint.load(path)
@@ -127,6 +142,18 @@ def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path
             sets.require(*[name for name in names if name in kinds])
     # Two parts of a path tell sets of several corpora apart.
     return chosen | {"-".join(Path(name).parts[-2:]).strip("/"): Path(name) for name in wanted if "/" in name}
+
+
+def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) -> BatchLoader:
+    """A loader of one of these sets, with the true times of its phones if asked for."""
+    return build_eval_loader(
+        [folder],
+        max_duration=args.data.max_duration,
+        num_workers=args.data.num_workers,
+        need_text=False,
+        keep_alignment=keep_alignment,
+        pin_memory=choose_device(args.decode.device).type == "cuda",
+    )
 
 
 def result_suffix(decode: DecodeConfig, config: ModelConfig) -> str:

@@ -31,6 +31,8 @@ class Hypothesis:
     """The model's output downsampling factor."""
     acoustic: float | None = None
     """The share of the acoustic model in the score, in nats; None where it is all of it."""
+    last_frames: list[int] | None = None
+    """The last output frame of each token; None where the search follows many alignments at once."""
 
     @property
     def times(self) -> list[float]:
@@ -109,11 +111,13 @@ def greedy_search(
     best, ids = adjusted(log_probs, blank_id, blank_penalty, allowed).max(dim=2)  # (N, T')
     scores = torch.where(valid, best, 0.0).sum(dim=1, dtype=torch.float64).tolist()
     previous = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=blank_id)
-    begins = valid & (ids != blank_id) & (ids != previous)
+    is_token = valid & (ids != blank_id)
+    begins = is_token & (ids != previous)
+    continues = torch.nn.functional.pad((is_token & ~begins)[:, 1:], (0, 1))
     counts = begins.sum(dim=1).tolist()
-    tokens = ids[begins].split(counts)
-    frames = begins.nonzero()[:, 1].split(counts)
+    found = (ids[begins], begins.nonzero()[:, 1], (is_token & ~continues).nonzero()[:, 1])
+    parts = zip(*(values.cpu().split(counts) for values in found), strict=True)
     return [
-        Hypothesis(t.tolist(), f.tolist(), score, factor)
-        for t, f, score in zip((t.cpu() for t in tokens), (f.cpu() for f in frames), scores, strict=True)
+        Hypothesis(tokens.tolist(), first.tolist(), score, factor, last_frames=last.tolist())
+        for (tokens, first, last), score in zip(parts, scores, strict=True)
     ]

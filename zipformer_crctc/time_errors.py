@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from zipformer_crctc.checks import check_no_search
-from zipformer_crctc.commandline import DecodeArgs, parse_decode_args
-from zipformer_crctc.distributed import choose_device
+from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.flags import raise_if_any
 from zipformer_crctc.forced_alignment import ForcedAlignment, force_align
-from zipformer_crctc.loader import BatchLoader, build_eval_loader
+from zipformer_crctc.loader import BatchLoader
 from zipformer_crctc.metrics import align
-from zipformer_crctc.recogniser import Recogniser, choose_test_sets, load_recogniser
+from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.search import greedy_search
 from zipformer_crctc.shar import Skipped, Utterance
@@ -86,15 +85,11 @@ class Timing:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a bad configuration, missing data or an unfit checkpoint ends it with status 2 and one message."""
-    try:
-        args = parse_decode_args(argv, TimeErrorsConfig, "Measure the errors of the times of phones.")
-        if args.print_config:
-            print(args.to_json())
-            return
-        run(args)
-    except ValueError as error:  # configuration, data and checkpoint errors
-        print(f"time_errors.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(
+        "time_errors.py",
+        lambda: parse_decode_args(argv, TimeErrorsConfig, "Measure the errors of the times of phones."),
+        run,
+    )
 
 
 def run(args: DecodeArgs) -> None:
@@ -104,23 +99,13 @@ def run(args: DecodeArgs) -> None:
     if own.write_correction and not own.fit_on:
         raise ValueError(f"--write-correction {own.write_correction}: nothing is fitted; give --fit-on as well")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    device = choose_device(decode.device)
-    if decode.num_threads:
-        torch.set_num_threads(decode.num_threads)
     fitting = choose_test_sets((own.fit_on,), args.data.data_config) if own.fit_on else {}
     sets = choose_test_sets(decode.test_sets, args.data.data_config)
     correction = TimeCorrection.read(decode.time_correction) if decode.time_correction else TimeCorrection()
-    recogniser = load_recogniser(args, device)
+    recogniser = load_recogniser(args)
 
     def timings(path: Path) -> dict[str, list[Timing]]:
-        loader = build_eval_loader(
-            [path],
-            max_duration=args.data.max_duration,
-            num_workers=args.data.num_workers,
-            need_text=False,
-            keep_alignment=True,
-        )
-        return measure(recogniser, loader, device)
+        return measure(recogniser, eval_loader(args, path, keep_alignment=True))
 
     if fitting:
         forced = [timing for path in fitting.values() for timing in timings(path)[METHODS[0]]]
@@ -133,18 +118,18 @@ def run(args: DecodeArgs) -> None:
 
 
 @torch.inference_mode()
-def measure(recogniser: Recogniser, loader: BatchLoader, device: torch.device) -> dict[str, list[Timing]]:
+def measure(recogniser: Recogniser, loader: BatchLoader) -> dict[str, list[Timing]]:
     """The timings of all utterances of a loader, by method; recognition is greedy.
 
     Raises ValueError for a set without true times.
     """
     found: dict[str, list[Timing]] = {method: [] for method in METHODS}
     skipped = Skipped(max_examples=None)
-    tokenizer, factor = recogniser.tokenizer, recogniser.config.output_downsampling_factor
+    tokenizer, factor = recogniser.tokenizer, recogniser.factor
     for batch in loader:
         if batch.is_empty:
             continue
-        log_probs, lengths = recogniser.log_probs(batch, device)
+        log_probs, lengths = recogniser.log_probs(batch)
         tokens = [tokenizer.encode(normalise(text, tokenizer.pieces)) for text in batch.texts]
         forced = force_align(log_probs, lengths, tokens)
         hypotheses = greedy_search(log_probs, lengths, factor=factor)

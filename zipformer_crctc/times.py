@@ -109,6 +109,8 @@ def hypothesis_segments(
 ) -> list[list[Segment]]:
     """The phones of search results in time, by the best path through the tokens found, whatever the search was.
 
+    A search that followed a single path has it already; for others it is found by forced alignment.
+
     Args:
         log_probs: (N, T', V), natural logarithms.
         lengths: (N,), valid output frames.
@@ -121,7 +123,10 @@ def hypothesis_segments(
     Raises:
         ValueError: tokens that the utterance has no path for.
     """
-    alignments = force_align(log_probs, lengths, [hypothesis.tokens for hypothesis in hypotheses])
+    paths = [_single_path(hypothesis) for hypothesis in hypotheses]
+    alignments = [path for path in paths if path is not None]
+    if len(alignments) < len(hypotheses):
+        alignments = force_align(log_probs, lengths, [hypothesis.tokens for hypothesis in hypotheses])
     for n, alignment in enumerate(alignments):
         if alignment.problem is not None:
             raise ValueError(
@@ -131,6 +136,12 @@ def hypothesis_segments(
         phone_segments(frames[:length], alignment, duration, tokenizer, factor, correction)
         for frames, length, alignment, duration in zip(log_probs, lengths.tolist(), alignments, durations, strict=True)
     ]
+
+
+def _single_path(hypothesis: Hypothesis) -> ForcedAlignment | None:
+    if hypothesis.last_frames is None:
+        return None
+    return ForcedAlignment(hypothesis.tokens, hypothesis.frames, hypothesis.last_frames, hypothesis.score)
 
 
 def phone_segments(

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zipformer_crctc import checkpoint
 from zipformer_crctc.averaging import RunningAverage
-from zipformer_crctc.commandline import TrainArgs, parse_train_args
+from zipformer_crctc.commandline import TrainArgs, parse_train_args, run_program
 from zipformer_crctc.config import Config, config_to_dict
 from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.distributed import Process, launch, process_group
@@ -75,17 +75,14 @@ class TrainingStopped(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a bad configuration or missing data ends it with status 2 and one message."""
-    try:
-        args = parse_train_args(argv)
-        if args.print_config:
-            print(args.to_json())
-            return
-        sets = load_data_config(args.data.data_config).require("train")
-        check_inputs(args.config, sets)
-        launch(run, args.train.world_size, args.train.master_port, args, sets)
-    except ValueError as error:  # configuration, data and checkpoint errors
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program("train.py", lambda: parse_train_args(argv), start)
+
+
+def start(args: TrainArgs) -> None:
+    """Look for everything that a run needs, then start its processes."""
+    sets = load_data_config(args.data.data_config).require("train")
+    check_inputs(args.config, sets)
+    launch(run, args.train.world_size, args.train.master_port, args, sets)
 
 
 def check_inputs(config: Config, sets: DataSets) -> None:
