@@ -261,3 +261,18 @@ def test_every_parameter_learns_but_the_unused_ones(causal: bool) -> None:
         assert torch.isfinite(p.grad).all()
         # The softmax over a single weight is constant.
         assert bool(p.grad.any()) is (name != "encoder.downsample_output.bias"), name
+
+def test_isolate_gives_each_utterance_what_it_gets_alone() -> None:
+    model = draw_parameters(small_model(output_downsampling_factor=2), 0.3).eval()
+    num_frames = [203, 9, 150, 64, 77]
+    batch = random_batch(num_frames, [""] * len(num_frames))
+    with torch.inference_mode():
+        together, lengths = model(batch.features, batch.num_frames, isolate=True)
+        for i, frames in enumerate(num_frames):
+            alone, _ = model(batch.features[i : i + 1, :frames], torch.tensor([frames]))
+            torch.testing.assert_close(together[i, : int(lengths[i])], alone[0], rtol=0.0, atol=2e-5)
+        # As published, padding leaks.
+        leaking, _ = model(batch.features, batch.num_frames)
+    assert float((leaking[1, : int(lengths[1])] - together[1, : int(lengths[1])]).abs().max()) > 0.01
+    with pytest.raises(ValueError, match="isolate: not for causal models"):
+        small_model(causal=True)(batch.features, batch.num_frames, isolate=True)

@@ -49,7 +49,12 @@ class AudioGraph(nn.Module):
         self.model = FeatureGraph(model)
 
     def forward(self, audio: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model(self.fbank(audio, audio_lens), (audio_lens + FRAME_SHIFT // 2) // FRAME_SHIFT)
+        return self.model(self.fbank(audio, audio_lens), self.num_frames(audio_lens))
+
+    @staticmethod
+    def num_frames(audio_lens: Tensor) -> Tensor:
+        """As `features.num_feature_frames`."""
+        return (audio_lens + FRAME_SHIFT // 2) // FRAME_SHIFT
 
 
 class FbankGraph(nn.Module):

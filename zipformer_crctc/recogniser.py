@@ -34,6 +34,8 @@ class Recogniser:
     model: CtcModel
     tokenizer: PhoneTokenizer
     config: ModelConfig
+    isolate: bool = False
+    """Give each utterance of a batch what it gets alone, which the published system does not; not for causal models."""
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +53,7 @@ class Recogniser:
         if self.config.causal:
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
-        log_probs, lengths = self.model(features, num_frames)
+        log_probs, lengths = self.model(features, num_frames, self.isolate)
         return log_probs, lengths
 
 
