@@ -62,7 +62,17 @@ def test_the_objective_is_above_the_model_and_the_data() -> None:
 
 def test_optional_packages_stay_out_of_the_model() -> None:
     """The model is used without the packages that data, logging and scoring need."""
-    unwanted = ["lhotse", "tensorboard", "panphon", "wandb", "sentencepiece", "soundfile", "k2", "onnxruntime", "transformers"]
+    unwanted = [
+        "lhotse",
+        "tensorboard",
+        "panphon",
+        "wandb",
+        "sentencepiece",
+        "soundfile",
+        "k2",
+        "onnxruntime",
+        "transformers",
+    ]
     code = f"import sys, {PACKAGE}.model; print([name for name in {unwanted!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -262,6 +262,7 @@ def test_every_parameter_learns_but_the_unused_ones(causal: bool) -> None:
         # The softmax over a single weight is constant.
         assert bool(p.grad.any()) is (name != "encoder.downsample_output.bias"), name
 
+
 def test_isolate_gives_each_utterance_what_it_gets_alone() -> None:
     model = draw_parameters(small_model(output_downsampling_factor=2), 0.3).eval()
     num_frames = [203, 9, 150, 64, 77]

@@ -68,9 +68,7 @@ def phones(recogniser: Recogniser, waveform: np.ndarray) -> list[str]:
     return recogniser.tokenizer.phones(found[0].tokens)
 
 
-def test_weights_are_those_of_the_model_in_safetensors(
-    recogniser: Recogniser, loaded: tuple[Any, Any, Path]
-) -> None:
+def test_weights_are_those_of_the_model_in_safetensors(recogniser: Recogniser, loaded: tuple[Any, Any, Path]) -> None:
     model, _, folder = loaded
     assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.model"} <= {
         path.name for path in folder.iterdir()
@@ -110,7 +108,7 @@ def test_features_are_ours(loaded: tuple[Any, Any, Path], waveforms: list[np.nda
 def test_audio_that_does_not_fit_is_refused(loaded: tuple[Any, Any, Path], waveforms: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="8000: the model hears 16000 Hz"):
         loaded[1](waveforms, sampling_rate=8000)
-    with pytest.raises(ValueError, match="audio 1: 0.050 s are too short"):
+    with pytest.raises(ValueError, match=r"audio 1: 0\.050 s are too short"):
         loaded[1]([waveforms[0], np.zeros(800, dtype=np.float32)])
 
 

@@ -112,9 +112,9 @@ class DownsampledStack(nn.Module):
         key_padding_mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """As `Stack.forward`; x, attn_mask, chunk_size and lengths at the full rate, key_padding_mask at the stack's own.
+        """As `Stack.forward`, and lengths as for `Downsample.forward`.
 
-        lengths: see `Downsample.forward`.
+        key_padding_mask is at the stack's own rate, everything else at the full one.
         """
         if attn_mask is not None:
             attn_mask = attn_mask[..., :: self.factor, :: self.factor]

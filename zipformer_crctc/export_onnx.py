@@ -39,7 +39,7 @@ class ExportConfig:
     precisions: tuple[str, ...] = PRECISIONS
     """Comma list of fp32, fp16 and int8 (weights of 8 bits, activations quantised as they come)."""
     inputs: tuple[str, ...] = ("features",)
-    """Comma list of features (log-mel frames, as sherpa-onnx gives) and audio (samples: the features are in the graph)."""
+    """Comma list of features (log-mel frames, as sherpa-onnx gives) and audio (samples; features are in the graph)."""
     output_dir: Path | None = None
     """Folder for the files; without it the folder onnx beside the checkpoints."""
 

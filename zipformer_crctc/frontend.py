@@ -29,7 +29,9 @@ def padding_mask(lengths: Tensor, frames: int) -> Tensor:
 
 def check_lengths(features: Tensor, num_frames: Tensor) -> None:
     """Raise ValueError for an utterance too short to give one output frame, or features longer than the longest."""
-    if (features.shape[1] - 7) // 2 != int(output_frames(num_frames.max())) or int(num_frames.min()) < MIN_FEATURE_FRAMES:
+    if (features.shape[1] - 7) // 2 != int(output_frames(num_frames.max())) or int(
+        num_frames.min()
+    ) < MIN_FEATURE_FRAMES:
         raise ValueError(
             f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
             f"the longest must span them all and each needs at least {MIN_FEATURE_FRAMES}"

@@ -113,7 +113,9 @@ class ZipformerCrctcProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ZipformerCrctcProcessor:
         """Load from a saved folder, or one on the Hugging Face hub."""
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        return cls(PhoneTokenizer.from_model(cached_file(str(pretrained_model_name_or_path), TOKENIZER_FILE, **options)))
+        return cls(
+            PhoneTokenizer.from_model(cached_file(str(pretrained_model_name_or_path), TOKENIZER_FILE, **options))
+        )
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the tokenizer and what AutoProcessor looks for."""
@@ -124,7 +126,9 @@ class ZipformerCrctcProcessor(ProcessorMixin):
         found = {"processor_class": name, "auto_map": {"AutoProcessor": f"{REMOTE_MODULE}.{name}"}}
         (folder / "processor_config.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
-    def __call__(self, audio: Any, sampling_rate: int | None = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+    def __call__(
+        self, audio: Any, sampling_rate: int | None = None, return_tensors: str = "pt", **_: Any
+    ) -> BatchFeature:
         """Features of one or several utterances.
 
         Args:

@@ -52,8 +52,8 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"Speech to IPA phones: a Zipformer encoder with CTC, {parameters / 1e6:.1f} M parameters, "
-            f"{recogniser.tokenizer.vocab_size} symbols, one output frame for each {milliseconds} ms. "
+            f"Speech to IPA phones: a Zipformer encoder with CTC, {parameters / 1e6:.1f} M parameters,",
+            f"{recogniser.tokenizer.vocab_size} symbols, one output frame for each {milliseconds} ms.",
             "Trained with zipformer_crctc (CR-CTC, the recipe of ZIPA, ACL 2025).",
             "",
             "## Use",

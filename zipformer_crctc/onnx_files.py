@@ -109,8 +109,8 @@ def _export(recogniser: Recogniser, path: Path, inputs: str, precision: str, met
         OUTPUT_NAMES[1]: {0: "N"},
     }
     with exportable_operations(), torch.no_grad(), warnings.catch_warnings():
-        # The exporter by tracing is deprecated, but the newer one takes many minutes for graphs as deep as these.
-        # Its other warnings are about shapes that are fixed on purpose.
+        # The exporter by tracing is called deprecated, but all of torch 2.6 to 2.13 have it, and it needs no further
+        # package. Its other warnings are about shapes that are fixed on purpose.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph,
@@ -155,4 +155,6 @@ def _require_packages() -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"ONNX files need the packages onnx and onnxruntime ({error}): pip install '.[onnx]'") from error
+        raise ValueError(
+            f"ONNX files need the packages onnx and onnxruntime ({error}): pip install '.[onnx]'"
+        ) from error

@@ -1,4 +1,4 @@
-"""Write a trained model for transformers: `python zipformer_crctc/save_pretrained.py --exp-dir DIR --output-dir FOLDER`.
+"""Write a trained model for transformers: `python zipformer_crctc/save_pretrained.py --exp-dir DIR`.
 
 The folder holds safetensors weights, the tokenizer, a model card and a small file by which
 `AutoModelForCTC.from_pretrained(folder, trust_remote_code=True)` finds this package. `--help` lists the flags.
