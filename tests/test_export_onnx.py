@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from small_models import SMALL_MODEL, draw_parameters, small_model
+from small_models import SMALL_MODEL, draw_parameters
 from zipformer_crctc import checkpoint, export_onnx
 from zipformer_crctc.config import Config, config_to_dict
 from zipformer_crctc.exportable import FbankGraph, exportable_operations
 from zipformer_crctc.features import LOG_EPS, Fbank
+from zipformer_crctc.model import build_model
 from zipformer_crctc.onnx_files import file_name, write_onnx, write_tokens
 from zipformer_crctc.onnx_model import OnnxModel
 from zipformer_crctc.recogniser import Recogniser
@@ -25,16 +27,24 @@ from zipformer_crctc.tokenizer import PhoneTokenizer
 pytest.importorskip("onnx", reason="onnx is not installed: pip install '.[onnx]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[onnx]'")
 
+MODEL = SMALL_MODEL.with_values(
+    {
+        "downsampling_factor": (1, 4, 2),
+        "encoder_dim": (24, 40, 32),
+        "cnn_module_kernel": (7, 5, 7),
+        "output_downsampling_factor": 2,
+    }
+)
 NUM_SAMPLES = (24_000, 1360, 15_987, 8_000)
 """The second gives 9 frames, the fewest."""
 
 
 @pytest.fixture(scope="module")
 def recogniser() -> Recogniser:
-    """Random weights that let every part matter; output at 25 Hz."""
+    """Three stacks, output at 25 Hz, random weights that let every part matter."""
     tokenizer = PhoneTokenizer.from_table()
-    model = draw_parameters(small_model(tokenizer.vocab_size, output_downsampling_factor=2), 0.3).eval()
-    return Recogniser(model, tokenizer, SMALL_MODEL.with_values({"output_downsampling_factor": 2}))
+    model = draw_parameters(build_model(MODEL, tokenizer.vocab_size), 0.3).eval()
+    return Recogniser(model, tokenizer, MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,12 @@ def padded(rows: list[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True, padding_value=value), torch.tensor([len(row) for row in rows])
 
 
+def weight_bytes(path: Path) -> int:
+    import onnx
+
+    return sum(len(tensor.raw_data) for tensor in onnx.load(str(path)).graph.initializer)
+
+
 def test_fp32_gives_each_utterance_of_a_batch_what_the_model_gives_it_alone(
     recogniser: Recogniser, files: Path, waveforms: list[Tensor]
 ) -> None:
@@ -98,12 +114,12 @@ def test_features_of_a_batch_are_those_of_each_waveform(waveforms: list[Tensor])
         assert float((got[: len(want)] - want).abs().max()) < 2e-3
 
 
-@pytest.mark.parametrize(("precision", "share", "limit"), [("fp16", 0.65, 0.05), ("int8", 0.6, 0.5)])
+@pytest.mark.parametrize(("precision", "share", "limit"), [("fp16", 0.55, 0.05), ("int8", 0.55, 0.5)])
 def test_smaller_files_are_close(
     recogniser: Recogniser, files: Path, waveforms: list[Tensor], precision: str, share: float, limit: float
 ) -> None:
     path = files / file_name("features", precision)
-    assert path.stat().st_size < share * (files / "model.onnx").stat().st_size
+    assert weight_bytes(path) < share * weight_bytes(files / "model.onnx")
     log_probs, lengths = OnnxModel(path, num_threads=1)(*padded([Fbank()(one) for one in waveforms], LOG_EPS))
     assert log_probs.dtype == torch.float32
     want = [alone(recogniser, waveform) for waveform in waveforms]
@@ -127,6 +143,7 @@ def test_metadata_and_tokens(recogniser: Recogniser, files: Path) -> None:
 def test_sherpa_onnx_finds_the_same_phones(
     recogniser: Recogniser, files: Path, waveforms: list[Tensor], tmp_path: Path, name: str
 ) -> None:
+    """With 8-bit arithmetic the slightest difference between the features can turn a symbol, so most are enough."""
     sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed: pip install sherpa-onnx")
     sherpa = sherpa_onnx.OfflineRecognizer.from_zipformer_ctc(
         model=str(files / name), tokens=str(files / "tokens.txt"), num_threads=1
@@ -140,13 +157,15 @@ def test_sherpa_onnx_finds_the_same_phones(
         sherpa.decode_stream(stream)
         log_probs, lengths = ours(*padded([Fbank()(torch.from_numpy(samples))]))
         want = recogniser.tokenizer.phones(greedy_search(log_probs, lengths)[0].tokens)
-        assert [token for token in stream.result.tokens if token.strip(" ▁")] == want
+        found = [token for token in stream.result.tokens if token.strip(" ▁")]
+        share = SequenceMatcher(None, found, want, autojunk=False).ratio()
+        assert share >= (0.8 if "int8" in name else 1.0)
         assert want
 
 
 def test_the_model_is_itself_again_afterwards(recogniser: Recogniser, waveforms: list[Tensor]) -> None:
     before = alone(recogniser, waveforms[0])
-    with exportable_operations():
+    with exportable_operations(), torch.inference_mode():
         features = Fbank()(waveforms[0])[None]
         inside, _ = recogniser.model(features, torch.tensor([features.shape[1]]), isolate=True)
     assert torch.equal(alone(recogniser, waveforms[0]), before)
@@ -156,22 +175,22 @@ def test_the_model_is_itself_again_afterwards(recogniser: Recogniser, waveforms:
 
 
 def test_causal_models_are_refused(recogniser: Recogniser, tmp_path: Path) -> None:
-    causal = Recogniser(recogniser.model, recogniser.tokenizer, SMALL_MODEL.with_values({"causal": True}))
+    causal = Recogniser(recogniser.model, recogniser.tokenizer, MODEL.with_values({"causal": True}))
     with pytest.raises(ValueError, match="causal"):
         write_onnx(causal, tmp_path / "model.onnx")
 
 
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = PhoneTokenizer.from_table()
-    state = small_model(tokenizer.vocab_size).state_dict()
-    saved = {"model": state, "config": config_to_dict(Config(SMALL_MODEL)), "tokenizer": tokenizer.proto}
+    state = build_model(MODEL, tokenizer.vocab_size).state_dict()
+    saved = {"model": state, "config": config_to_dict(Config(MODEL)), "tokenizer": tokenizer.proto}
     checkpoint.save(tmp_path / "model.pt", saved)
     flags = ["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu", "--num-threads", "1"]
     export_onnx.main([*flags, "--precisions", "fp32", "--inputs", "audio"])
     model = OnnxModel(tmp_path / "onnx" / "model-audio.onnx", num_threads=1)
     log_probs, lengths = model(torch.from_numpy(np.zeros((1, 16_000), dtype=np.float32)), torch.tensor([16_000]))
-    assert log_probs.shape == (1, 46, tokenizer.vocab_size)
-    assert lengths.tolist() == [46]
+    assert log_probs.shape == (1, 23, tokenizer.vocab_size)
+    assert lengths.tolist() == [23]
     with pytest.raises(SystemExit) as stopped:
         export_onnx.main([*flags, "--precisions", "fp32,int4"])
     assert stopped.value.code == 2

@@ -31,8 +31,7 @@ class FeatureGraph(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = self.model.ctc_output[1].weight.dtype
-        return self.model(x.to(dtype), x_lens, isolate=True)
+        return self.model(x.to(self.model.encoder_embed.out.weight.dtype), x_lens, isolate=True)
 
 
 class AudioGraph(nn.Module):
@@ -59,6 +58,10 @@ class AudioGraph(nn.Module):
 
 class FbankGraph(nn.Module):
     """`features.Fbank` for a batch, each waveform mirrored at its own ends; the spectrum by a matrix product."""
+
+    window: Tensor
+    fourier: Tensor
+    mel: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from zipformer_crctc.activations import BiasNorm
 from zipformer_crctc.exportable import AudioGraph, FeatureGraph, exportable_operations
 from zipformer_crctc.features import FRAME_SHIFT, LOG_EPS, NUM_BINS, SAMPLING_RATE
 from zipformer_crctc.recogniser import Recogniser
@@ -100,6 +101,9 @@ def _export(recogniser: Recogniser, path: Path, inputs: str, precision: str, met
     import onnx
 
     model = copy.deepcopy(recogniser.model).cpu().to(torch.float16 if precision == "fp16" else torch.float32)
+    for module in model.modules():
+        if isinstance(module, BiasNorm):  # its arithmetic is in float32 always
+            module.float()
     graph = INPUTS[inputs](model).eval()
     data, lengths = graph.input_names
     axes = {
