@@ -67,7 +67,7 @@ def run(args: DecodeArgs) -> None:
     recogniser = load_recogniser(args)
     exp_dir = args.decode.exp_dir if args.decode.checkpoint is None else args.decode.checkpoint.parent
     folder = own.output_dir or exp_dir / "transformers"
-    set_up_logging(exp_dir / "log", rank=0, world_size=1, name="save-pretrained")
+    set_up_logging(folder / "log", rank=0, world_size=1, name="save-pretrained")
     for warning in args.warnings:
         logger.warning(warning)
     suffix = result_suffix(args.decode, recogniser.config)
