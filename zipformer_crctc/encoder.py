@@ -208,6 +208,9 @@ class Zipformer(nn.Module):
 
         Returns:
             (ceil(T / output factor), N, max encoder_dim) and the lengths at that rate.
+
+        Raises:
+            ValueError: isolate for a causal model, whose last chunk would end with the longest utterance.
         """
         ends = lengths if isolate else None
         outputs = self.stack_outputs(x, key_padding_mask, ends)
