@@ -365,7 +365,7 @@ def test_terminating_a_run_ends_all_its_processes(corpus: Path, tmp_path: Path) 
             os.killpg(group.pid, signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
