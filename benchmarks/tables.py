@@ -48,9 +48,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return HEADER + "".join(lines) + "\n" + "; ".join(commands) + "\n"
 
 
-def peer(value: dict[str, Any] | None) -> str:
+def peer(value: dict[str, Any] | str | None) -> str:
     """Who was measured in the same run, and its figure."""
-    return "none" if value is None else f"{value['name']}: {number(value['speed'])}"
+    if isinstance(value, dict):
+        return f"{value['name']}: {number(value['speed'])}"
+    return value or "none"
 
 
 def number(value: float | None) -> str:
