@@ -119,7 +119,7 @@ def test_masks_and_chunks_of_each_stack() -> None:
     model.encoder(torch.randn(50, 2, 24), torch.tensor([50, 33]), padding)
     full_rate = chunk_attention_mask(50, 16, 2)
     for recorder, factor in zip(layers, FACTORS, strict=True):
-        ((x, pos_emb, chunk_size, attn_mask, key_padding_mask),) = recorder.calls
+        ((x, pos_emb, chunk_size, attn_mask, key_padding_mask, _),) = recorder.calls
         frames = -(-50 // factor)
         assert x.shape[0] == frames
         assert pos_emb.shape[1] == 2 * frames - 1
@@ -206,7 +206,7 @@ def test_not_causal_means_no_chunks() -> None:
     recorder = Recorder()
     encoder.encoders[0] = recorder
     encoder(torch.randn(20, 1, 16), torch.tensor([20]))
-    assert recorder.calls[0][1:] == (-1, None, None, None)
+    assert recorder.calls[0][1:] == (-1, None, None, None, None)
 
 
 def test_training_draws_chunks_from_the_lists() -> None:
@@ -218,7 +218,7 @@ def test_training_draws_chunks_from_the_lists() -> None:
         encoder(x, lengths)
     seen: Counter[tuple[int, int]] = Counter()
     masks = {(c, left): chunk_attention_mask(32, c, left_context_chunks(c, left)) for c in (4, 8) for left in (8, 32)}
-    for _, chunk_size, _, attn_mask, _ in recorder.calls:
+    for _, chunk_size, _, attn_mask, *_ in recorder.calls:
         if chunk_size == -1:
             assert attn_mask is None
             seen[-1, -1] += 1

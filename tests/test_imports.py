@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zipformer_crctc"
 MODULES = sorted(path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__")
-PROGRAMS = {"train", "decode", "report", "align", "time_errors"}
+PROGRAMS = {"train", "decode", "report", "align", "time_errors", "transcribe", "cli"}
 
 MODEL = ["schedule", "regularisers", "activations", "frontend", "attention", "layers", "encoder", "model", "losses"]
 """The model in the order of its parts: each imports only what stands before it."""
@@ -64,5 +64,14 @@ def test_optional_packages_stay_out_of_the_model() -> None:
     """The model is used without the packages that data, logging and scoring need."""
     unwanted = ["lhotse", "tensorboard", "panphon", "wandb", "sentencepiece", "soundfile", "k2", "onnxruntime"]
     code = f"import sys, {PACKAGE}.model; print([name for name in {unwanted!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_inference_needs_only_the_packages_of_a_plain_installation() -> None:
+    """What `pip install` without extras brings: torch, numpy, soundfile, soxr, sentencepiece, tqdm."""
+    unwanted = ["lhotse", "yaml", "panphon", "tensorboard", "wandb", "safetensors", "huggingface_hub", "k2", "gradio"]
+    imported = f"import sys, {PACKAGE}.cli, {PACKAGE}.transcribe, {PACKAGE}.align"
+    code = f"{imported}; print([name for name in {unwanted!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

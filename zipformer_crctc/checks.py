@@ -49,7 +49,7 @@ SEARCH_FIELDS = (
     *("inventory", "blank_penalty"),
 )
 """Fields of DecodeConfig that set the search."""
-OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid")
+OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid", "srt")
 LATTICE_METHODS = (
     "ctc-decoding",
     "1best",

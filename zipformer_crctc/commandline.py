@@ -13,9 +13,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from zipformer_crctc.checks import check_config, check_decode, check_decode_chunks, check_model
 from zipformer_crctc.config import (
@@ -168,7 +168,16 @@ class DecodeArgs:
         return json.dumps(parts, indent=2, ensure_ascii=False)
 
 
-Args = TypeVar("Args", TrainArgs, DecodeArgs)
+class ProgramArgs(Protocol):
+    """What every program knows about what it was asked to do."""
+
+    @property
+    def print_config(self) -> bool: ...
+
+    def to_json(self) -> str: ...
+
+
+Args = TypeVar("Args", bound=ProgramArgs)
 
 
 def run_program(name: str, parse: Callable[[], Args], run: Callable[[Args], None]) -> None:
@@ -249,12 +258,18 @@ def parse_decode_args(
         warnings += [f"{flag_name(name)} has no effect with --checkpoint." for name in unused]
     elif config.iter > 0 and "epoch" in decode:
         warnings.append(f"--epoch has no effect with --iter {config.iter}.")
+    warnings += search_warnings(config, decode)
+    return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"], own_flags)
+
+
+def search_warnings(config: DecodeConfig, given: Collection[str]) -> list[str]:
+    """A sentence for each search flag among those given that has no effect in this search."""
     if config.decoding_method != BEAM_SEARCH:
         without = f"has no effect without --decoding-method {BEAM_SEARCH}."
-        warnings += [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in decode]
-    elif "lm_weight" in decode and config.lm is None:
-        warnings.append("--lm-weight has no effect without --lm.")
-    return DecodeArgs(config, data_config, model, tuple(warnings), given["print_config"], own_flags)
+        return [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in given]
+    if "lm_weight" in given and config.lm is None:
+        return ["--lm-weight has no effect without --lm."]
+    return []
 
 
 def resolve_model(stored: ModelConfig, given: Mapping[str, Any]) -> ModelConfig:

@@ -274,10 +274,13 @@ class DecodeConfig:
     """Text file of phones, with white space between them: nothing else can come out."""
     blank_penalty: float = 0.0
     """Taken off the blank's log-probability, in nats; above 0 for fewer deletions."""
+    published_padding: bool = False
+    """Let padding leak into the last frames of the shorter utterances of a batch, as the published system does; False:
+    each utterance gets what it gets alone."""
     test_sets: tuple[str, ...] = ()
     """Comma list of sets of --data-config, by name or "dev" or "test" for all of a kind, or folders; default: test."""
     output_formats: tuple[str, ...] = ("jsonl",)
-    """Comma list of jsonl (always written), ctm and textgrid: files with the phones in time."""
+    """Comma list of jsonl (always written), ctm, textgrid and srt: files with the phones in time."""
     time_correction: Path | None = None
     """JSON file with the correction of the times that time_errors.py fitted; without it the built-in one."""
     device: str = "auto"

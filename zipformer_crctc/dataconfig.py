@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zipformer_crctc.filters import PSEUDO_LABEL_LIMITS, FilterLimits
 
 DEFAULT_DATA_CONFIG = Path("data/shar.yaml")
@@ -65,6 +63,8 @@ def load_data_config(path: str | Path | None = None) -> DataSets:
 
     Every problem of the file is collected and raised once, as DataConfigError, before any data is touched.
     """
+    import yaml  # installations that only transcribe can do without
+
     file = Path(path) if path is not None else DEFAULT_DATA_CONFIG
     if not file.is_file():
         raise DataConfigError(f"data config {file} does not exist: make it with {HOW_TO_MAKE}, or name another file")
@@ -110,6 +110,8 @@ def write_data_config(path: Path, sets: DataSets, comment: str = "") -> None:
         "filters": dataclasses.asdict(sets.filters),
         "unsup_filters": dataclasses.asdict(sets.unsup_filters),
     }
+    import yaml
+
     header = "".join(f"# {line}\n" for line in comment.splitlines())
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")

@@ -30,13 +30,24 @@ class Downsample(nn.Module):
         self.factor = factor
         self.bias = nn.Parameter(torch.zeros(factor))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, N, C) to (ceil(T / factor), N, C)."""
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(T, N, C) to (ceil(T / factor), N, C).
+
+        With lengths (N,) the last valid frame of each utterance is repeated to the end, as it would be alone.
+        """
         missing = -x.shape[0] % self.factor
-        if missing:
+        if lengths is not None:
+            x = repeat_last(x, lengths, x.shape[0] + missing)
+        elif missing:
             x = torch.cat([x, x[-1:].expand(missing, -1, -1)])
         weights = self.bias.softmax(dim=0)[:, None, None]
         return (x.unflatten(0, (-1, self.factor)) * weights).sum(dim=1)
+
+
+def repeat_last(x: Tensor, lengths: Tensor, frames: int) -> Tensor:
+    """(T, N, C) to (frames, N, C): each utterance up to its length in lengths (N,), then its last frame again."""
+    time = torch.arange(frames, device=x.device)[:, None].minimum(lengths - 1)  # (frames, N)
+    return x[time, torch.arange(x.shape[1], device=x.device)]
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:
@@ -64,13 +75,17 @@ class Stack(nn.Module):
         feature_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """(T, N, C) to the same shape; feature_mask (N, C) multiplies the input and each layer's output."""
+        """(T, N, C) to the same shape; feature_mask (N, C) multiplies the input and each layer's output.
+
+        All else as in `EncoderLayer.forward`.
+        """
         pos_emb = self.positions(x)
         if feature_mask is not None:
             x = x * feature_mask
         for layer in self.layers:
-            x = layer(x, pos_emb, chunk_size, attn_mask, key_padding_mask)
+            x = layer(x, pos_emb, chunk_size, attn_mask, key_padding_mask, lengths)
             if feature_mask is not None:
                 x = x * feature_mask
         return x
@@ -99,12 +114,18 @@ class DownsampledStack(nn.Module):
         feature_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """As `Stack.forward`; x, attn_mask and chunk_size at the full rate, key_padding_mask at the stack's own."""
+        """As `Stack.forward`; all at the full rate but key_padding_mask, which is at the stack's own.
+
+        lengths: see `Downsample.forward`.
+        """
         if attn_mask is not None:
             attn_mask = attn_mask[..., :: self.factor, :: self.factor]
         chunk_size = chunk_size // self.factor if chunk_size > 0 else chunk_size
-        y = self.encoder(self.downsample(x), chunk_size, feature_mask, attn_mask, key_padding_mask)
+        low = self.downsample(x, lengths)
+        ends = None if lengths is None else (lengths + self.factor - 1) // self.factor
+        y = self.encoder(low, chunk_size, feature_mask, attn_mask, key_padding_mask, ends)
         return self.out_combiner(x, upsample(y, self.factor)[: x.shape[0]])
 
 
@@ -174,24 +195,30 @@ class Zipformer(nn.Module):
         self.encoders = nn.ModuleList(stacks)
         self.downsample_output = Downsample(output_downsampling_factor)
 
-    def forward(self, x: Tensor, lengths: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, lengths: Tensor, key_padding_mask: Tensor | None = None, isolate: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Encode.
 
         Args:
             x: (T, N, first encoder_dim).
             lengths: (N,) valid frames.
             key_padding_mask: (N, T), True at padding; None if there is none.
+            isolate: what follows an utterance does not change its output.
 
         Returns:
             (ceil(T / output factor), N, max encoder_dim) and the lengths at that rate.
         """
-        outputs = self.stack_outputs(x, key_padding_mask)
-        y = self.downsample_output(self._combine(outputs))
+        ends = lengths if isolate else None
+        outputs = self.stack_outputs(x, key_padding_mask, ends)
+        y = self.downsample_output(self._combine(outputs), ends)
         factor = self.downsample_output.factor
         return y, (lengths + factor - 1) // factor
 
-    def stack_outputs(self, x: Tensor, key_padding_mask: Tensor | None = None) -> list[Tensor]:
-        """Outputs of the stacks, each (T, N, its encoder_dim)."""
+    def stack_outputs(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """Outputs of the stacks, each (T, N, its encoder_dim); lengths (N,) keep them apart from what follows."""
         chunk_size, left_chunks = self._draw_chunks()
         attn_mask = None
         if chunk_size > 0:
@@ -202,7 +229,7 @@ class Zipformer(nn.Module):
             x = _convert_channels(x, self.encoder_dim[i])
             factor = self.downsampling_factor[i]
             mask = None if key_padding_mask is None else key_padding_mask[:, ::factor]
-            x = stack(x, chunk_size, feature_masks[i], attn_mask, mask)
+            x = stack(x, chunk_size, feature_masks[i], attn_mask, mask, lengths)
             outputs.append(x)
         return outputs
 

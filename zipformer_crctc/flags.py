@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,12 @@ def coerce(value: Any, kind: Any) -> Any:
     raise ValueError(f"expected {EXPECTED[kind]}")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
-    """Add one flag per field of ``cls``; a flag that is not given leaves no attribute behind."""
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, only: Collection[str] | None = None) -> None:
+    """Add one flag per field of ``cls``, or of ``only``; a flag that is not given leaves no attribute behind."""
     group = parser.add_argument_group(title)
     for field in dataclasses.fields(cls):
+        if only is not None and field.name not in only:
+            continue
         default = "" if field.default is None else f" (default: {format_value(field.default)})"
         text = field_docs(cls)[field.name] + default
         group.add_argument(

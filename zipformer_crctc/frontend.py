@@ -22,6 +22,22 @@ def output_frames(num_frames: Tensor) -> Tensor:
     return (num_frames - 7) // 2
 
 
+def padding_mask(lengths: Tensor, frames: int) -> Tensor:
+    """(N, T), True at frames beyond an utterance's length."""
+    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
+
+
+def check_lengths(features: Tensor, num_frames: Tensor) -> None:
+    """Raise ValueError for an utterance too short to give one output frame, or features longer than the longest."""
+    if (features.shape[1] - 7) // 2 != int(output_frames(num_frames.max())) or int(
+        num_frames.min()
+    ) < MIN_FEATURE_FRAMES:
+        raise ValueError(
+            f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
+            f"the longest must span them all and each needs at least {MIN_FEATURE_FRAMES}"
+        )
+
+
 class ConvNeXt(ScheduledModule):
     """Depthwise 7x7 convolution, two pointwise ones and a residual connection, with layer-drop per utterance.
 
@@ -41,9 +57,10 @@ class ConvNeXt(ScheduledModule):
         self.out_balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
         self.out_whiten = Whiten(1, whitening_limit=5.0, grad_scale=0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, T', F') to the same shape."""
-        residual = self.pointwise_conv1(self.depthwise_conv(x))
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
+        inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
+        residual = self.pointwise_conv1(self.depthwise_conv(inner))
         residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
@@ -93,12 +110,13 @@ class Conv2dSubsampling(nn.Module):
         # Convolution kernels, those of CPUs above all, are faster with channels last in memory.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Embed features.
 
         Args:
             features: (N, T, F) log-mel features, T the longest of num_frames.
             num_frames: (N,) valid frames of each utterance, at least 9.
+            isolate: what follows an utterance does not change its embeddings.
 
         Returns:
             embeddings (N, T', C) and their lengths (N,).
@@ -108,12 +126,8 @@ class Conv2dSubsampling(nn.Module):
         """
         lengths = output_frames(num_frames)
         x = self.conv(features[:, None].to(memory_format=torch.channels_last))  # (N, C, T', F')
-        if x.shape[2] != int(lengths.max()) or int(lengths.min()) < 1:
-            raise ValueError(
-                f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
-                f"the longest must span them all and each needs at least {MIN_FEATURE_FRAMES}"
-            )
-        x = self.convnext(x)
+        check_lengths(features, num_frames)
+        x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)
         # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
         x = F.linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)

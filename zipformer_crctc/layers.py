@@ -73,8 +73,11 @@ class ChunkCausalConv(nn.Module):
         # How much the places near the left and the right edge of a chunk are scaled, less one.
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, channels, kernel_size))
 
-    def forward(self, x: Tensor, chunk_size: int = -1) -> Tensor:
-        """(T, N, C) to the same shape; a negative chunk size means one chunk of T frames."""
+    def forward(self, x: Tensor, chunk_size: int = -1, lengths: Tensor | None = None) -> Tensor:
+        """(T, N, C) to the same shape; a negative chunk size means one chunk of T frames.
+
+        With lengths (N,) the chunk of an utterance that is shorter ends with it, as it would alone.
+        """
         frames = x.shape[0]
         if chunk_size < 0 or chunk_size > frames:
             chunk_size = frames
@@ -82,9 +85,22 @@ class ChunkCausalConv(nn.Module):
         causal = depthwise_conv(F.pad(x, (0, 0, 0, 0, half, 0)), self.causal_conv)
         padded = F.pad(x, (0, 0, 0, 0, 0, -frames % chunk_size))
         by_chunk = padded.unflatten(0, (-1, chunk_size)).transpose(0, 1).flatten(1, 2)  # (chunk, chunks * N, C)
-        by_chunk = depthwise_conv(by_chunk, self.chunkwise_conv) * self._edge_scale(chunk_size)[:, None]
-        within = by_chunk.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)
+        by_chunk = depthwise_conv(by_chunk, self.chunkwise_conv).unflatten(1, (-1, x.shape[1]))
+        if lengths is None:
+            by_chunk = by_chunk * self._edge_scale(chunk_size)[:, None, None]
+        else:
+            by_chunk = by_chunk * self._edge_scales(chunk_size, lengths.clamp(max=chunk_size))[:, None]
+        within = by_chunk.transpose(0, 1).flatten(0, 1)
         return causal + within[:frames]
+
+    def _edge_scales(self, chunk_size: int, ends: Tensor) -> Tensor:
+        """As `_edge_scale`, with the right edge of each utterance at its end in ends (N,): (chunk, N, C)."""
+        left, right = self.chunkwise_conv_scale.transpose(1, 2)  # (K, C) each
+        place = torch.arange(chunk_size, device=ends.device)[:, None] + self.kernel_size - ends  # (chunk, N)
+        none = self.kernel_size  # the row of zeros for what is no edge
+        place = place.masked_fill((place < 0) | (place > none), none)
+        left = F.pad(left, (0, 0, 0, chunk_size - self.kernel_size))[:, None]
+        return 1.0 + left + F.pad(right, (0, 0, 0, 1))[place]
 
     def _edge_scale(self, chunk_size: int) -> Tensor:
         """1 + scales of the left edge, aligned left, + those of the right edge, aligned right: (chunk, C)."""
@@ -130,14 +146,20 @@ class ConvModule(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
         scale_initial_values(self.out_proj, 0.05)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
-        """(T, N, C) and (N, T) to (T, N, C); chunk_size in frames of the stack's own rate."""
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        chunk_size: int = -1,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
         v, gate = self.in_proj(x).chunk(2, dim=-1)
         u = v * torch.sigmoid(self.balancer1(gate))
         if key_padding_mask is not None:
             u = u.masked_fill(key_padding_mask.t()[:, :, None], 0.0)
         if isinstance(self.depthwise_conv, ChunkCausalConv):
-            u = self.depthwise_conv(u, chunk_size)
+            u = self.depthwise_conv(u, chunk_size, lengths)
         else:
             u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
@@ -247,6 +269,7 @@ class EncoderLayer(ScheduledModule):
         chunk_size: int = -1,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -256,6 +279,7 @@ class EncoderLayer(ScheduledModule):
             chunk_size: frames of the stack's own rate; negative for none.
             attn_mask: (T, T) or (N, T, T), True where attention is not allowed.
             key_padding_mask: (N, T), True at padding.
+            lengths: (N,) frames of the stack's own rate, for `ChunkCausalConv`.
 
         Returns:
             (T, N, C).
@@ -270,11 +294,13 @@ class EncoderLayer(ScheduledModule):
         x = x + self.feed_forward1(x)
         x = _add(x, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
         x = _add(x, self.self_attn1(x, attn_weights), attention_mask)
-        x = _add(x, self.conv_module1(x, key_padding_mask, chunk_size), self._skip_mask(x, self.conv_skip_rate))
+        convolved = self.conv_module1(x, key_padding_mask, chunk_size, lengths)
+        x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
         x = _add(x, self.balancer_ff2(self.feed_forward2(x)), self._skip_mask(x, self.ff2_skip_rate))
         x = self.bypass_mid(original, x)
         x = _add(x, self.self_attn2(x, attn_weights), attention_mask)
-        x = _add(x, self.conv_module2(x, key_padding_mask, chunk_size), self._skip_mask(x, self.conv_skip_rate))
+        convolved = self.conv_module2(x, key_padding_mask, chunk_size, lengths)
+        x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
         x = _add(x, self.balancer_ff3(self.feed_forward3(x)), self._skip_mask(x, self.ff3_skip_rate))
         x = self.norm(self.balancer1(x))
         x = self.bypass(original, x)

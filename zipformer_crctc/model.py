@@ -7,12 +7,11 @@ Source: ZIPA (Zhu et al., ACL 2025), section 3.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.encoder import Zipformer
-from zipformer_crctc.frontend import Conv2dSubsampling
+from zipformer_crctc.frontend import Conv2dSubsampling, padding_mask
 from zipformer_crctc.layers import LayerSizes
 from zipformer_crctc.schedule import Schedule
 
@@ -34,29 +33,26 @@ class CtcModel(nn.Module):
         self.encoder = encoder
         self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(max(encoder.encoder_dim), vocab_size))
 
-    def forward(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities of a batch.
 
         Args:
             features: (N, T, 80), padded with ln(1e-10), T the longest of num_frames.
             num_frames: (N,) feature frames of each utterance, at least 9.
+            isolate: give each utterance what it gets alone; as published, padding leaks into the frames before it.
 
         Returns:
             log-probabilities (N, T', V) in float32, and the number of output frames (N,).
         """
-        encoded, lengths = self.encode(features, num_frames)
+        encoded, lengths = self.encode(features, num_frames, isolate)
         return self.ctc_output(encoded).float().log_softmax(dim=-1), lengths
 
-    def encode(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Encoder output (N, T', max encoder_dim) and the number of output frames (N,)."""
-        embedded, lengths = self.encoder_embed(features, num_frames)
-        encoded, lengths = self.encoder(embedded.transpose(0, 1), lengths, padding_mask(lengths, embedded.shape[1]))
+        embedded, lengths = self.encoder_embed(features, num_frames, isolate)
+        mask = padding_mask(lengths, embedded.shape[1])
+        encoded, lengths = self.encoder(embedded.transpose(0, 1), lengths, mask, isolate)
         return encoded.transpose(0, 1), lengths
-
-
-def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """(N, T), True at frames beyond an utterance's length."""
-    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> CtcModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zipformer_crctc import checkpoint
+from zipformer_crctc.checkpoint import choose_checkpoints, load_model
 from zipformer_crctc.commandline import DecodeArgs, resolve_model
-from zipformer_crctc.config import DecodeConfig, ModelConfig, config_from_dict, model_from_published
+from zipformer_crctc.config import DecodeConfig, ModelConfig
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader
 from zipformer_crctc.model import CtcModel, build_model
-from zipformer_crctc.model_sizes import sizes_from_state_dict
+from zipformer_crctc.pretrained import Weights, average_weights, file_weights
 from zipformer_crctc.results import file_suffix
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -34,6 +34,8 @@ class Recogniser:
     model: CtcModel
     tokenizer: PhoneTokenizer
     config: ModelConfig
+    published_padding: bool = False
+    """Whether padding leaks into the utterances before it; else the batch makes no difference."""
 
     @property
     def device(self) -> torch.device:
@@ -47,11 +49,15 @@ class Recogniser:
 
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N, T', V) of a batch on the model's device, and the number of output frames (N,)."""
-        features, num_frames = batch.features.to(self.device), batch.num_frames.to(self.device)
+        return self.log_probs_of(batch.features, batch.num_frames)
+
+    def log_probs_of(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of features (N, T, 80), padded with ln(1e-10), and their lengths (N,)."""
+        features, num_frames = features.to(self.device), num_frames.to(self.device)
         if self.config.causal:
             features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
             num_frames = num_frames + CAUSAL_PADDING
-        log_probs, lengths = self.model(features, num_frames)
+        log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
 
 
@@ -63,55 +69,42 @@ def load_recogniser(args: DecodeArgs) -> Recogniser:
         ValueError: a GPU is wanted that is not there.
     """
     decode = args.decode
-    device = choose_device(decode.device)
     if decode.num_threads:
         torch.set_num_threads(decode.num_threads)
     if decode.checkpoint is not None:
-        path = decode.checkpoint
-        payload = checkpoint.load(path)
-        state = checkpoint.model_state(payload, path)
-        if decode.use_averaged_model and payload.get("model_avg") is not None:
-            averaged = checkpoint.strip_module_prefix(payload["model_avg"])
-            state = {
-                name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in averaged.items()
-            }
+        weights = file_weights(decode.checkpoint, decode.use_averaged_model)
     else:
-        choice = checkpoint.choose_checkpoints(
-            decode.exp_dir, decode.epoch, decode.iter, decode.avg, decode.use_averaged_model
+        weights = average_weights(
+            choose_checkpoints(decode.exp_dir, decode.epoch, decode.iter, decode.avg, decode.use_averaged_model)
         )
-        path = choice.files[-1]
-        payload = checkpoint.load(path)
-        state = checkpoint.average_checkpoints(choice)
-    config = resolve_model(stored_model_config(payload, state, path), args.given_model)
-    tokenizer = _tokenizer(args.data.bpe_model, payload)
-    model = build_model(config, tokenizer.vocab_size)
-    checkpoint.load_model(model, state, path)
-    return Recogniser(model.eval().to(device), tokenizer, config)
+    return build_recogniser(weights, args.given_model, args.data.bpe_model, decode.device, decode.published_padding)
 
 
-def stored_model_config(payload: dict[str, Any], state: checkpoint.State, path: Path) -> ModelConfig:
-    """The sizes of a checkpoint's model: from its configuration, its published flags, or its tensors.
+def build_recogniser(
+    weights: Weights,
+    given_model: Mapping[str, Any],
+    bpe_model: Path | None = None,
+    device: str = "auto",
+    published_padding: bool = False,
+) -> Recogniser:
+    """A model of these weights, ready to decode.
 
-    Tensors do not tell all (a number of heads is known as a product only), so they come last.
+    Args:
+        weights: from pretrained.py.
+        given_model: model fields that were given by flags.
+        bpe_model: file of the tokenizer; None is the stored one, else the built-in table.
+        device: auto, cpu or cuda.
+        published_padding: see `Recogniser`.
     """
-    if payload.get("config"):
-        return config_from_dict(payload["config"]).model
-    if "encoder_dim" in payload:
-        return model_from_published(payload)
-    try:
-        sizes = sizes_from_state_dict(state)
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from error
-    names = {field.name for field in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in sizes.items() if name in names})
-
-
-def _tokenizer(path: Path | None, payload: dict[str, Any]) -> PhoneTokenizer:
-    if path is not None:
-        return PhoneTokenizer.from_model(path)
-    if payload.get("tokenizer"):
-        return PhoneTokenizer.from_bytes(payload["tokenizer"])
-    return PhoneTokenizer.from_table()
+    on = choose_device(device)
+    config = resolve_model(weights.config, given_model)
+    if bpe_model is not None:
+        tokenizer = PhoneTokenizer.from_model(bpe_model)
+    else:
+        tokenizer = weights.tokenizer or PhoneTokenizer.from_table()
+    model = build_model(config, tokenizer.vocab_size)
+    load_model(model, weights.state, weights.source)
+    return Recogniser(model.eval().to(on), tokenizer, config, published_padding)
 
 
 def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path]:
@@ -152,6 +145,7 @@ def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) ->
         num_workers=args.data.num_workers,
         need_text=False,
         keep_alignment=keep_alignment,
+        zero_padded=args.decode.published_padding,
         pin_memory=choose_device(args.decode.device).type == "cuda",
     )
 

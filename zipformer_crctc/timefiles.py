@@ -1,4 +1,4 @@
-"""Files of phones in time: NIST CTM, and one Praat TextGrid for each utterance.
+"""Files of phones in time: NIST CTM, and a Praat TextGrid or subtitles (SRT) for each utterance.
 
 Marks and modifier letters (ʰ, ː, a tilde) are tokens of their own to the model; in these files they are joined to the
 phone that they modify. Formats: the CTM of NIST's sctk (file, channel, start, duration, token, confidence), and "Text
@@ -20,6 +20,8 @@ from zipformer_crctc.times import DIGITS, Segment
 logger = logging.getLogger(__name__)
 
 TIER = "phones"
+SUBTITLE_SECONDS = 6.0
+"""A subtitle ends with the last phone before this, or before a silence."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,32 @@ def textgrid(utterance: TimedUtterance) -> str:
     return "\n".join(lines) + "\n"
 
 
+def srt(utterance: TimedUtterance) -> str:
+    """SubRip subtitles: the phones between two silences, or of some seconds, with spaces between them."""
+    groups: list[list[Segment]] = []
+    for s in join_marks(utterance.segments):
+        if groups and groups[-1][-1].end == s.start and s.end - groups[-1][0].start <= SUBTITLE_SECONDS:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return "".join(
+        f"{number}\n{_srt_time(group[0].start)} --> {_srt_time(group[-1].end)}\n{' '.join(s.phone for s in group)}\n\n"
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _srt_time(seconds: float) -> str:
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d},{rest % 1000:03d}"
+
+
+SINGLE_FILES = {"textgrid": (textgrid, "TextGrid"), "srt": (srt, "srt")}
+"""Formats of one file for each utterance: what makes it, and its suffix."""
+
+
 def write_time_files(folder: Path, name: str, formats: Sequence[str], utterances: Sequence[TimedUtterance]) -> None:
-    """Write `ctm-{name}.ctm` and `textgrid-{name}/{id}.TextGrid`, whichever `formats` lists, into `folder`.
+    """Write `ctm-{name}.ctm`, `textgrid-{name}/{id}.TextGrid`, `srt-{name}/{id}.srt`: those that `formats` lists.
 
     Ids become file names, with `_` for what cannot stand in one; those that are changed are counted in the log. Of
     several ids with one file name, the later ones get -2, -3, ... behind it.
@@ -112,13 +138,15 @@ def write_time_files(folder: Path, name: str, formats: Sequence[str], utterances
     if "ctm" in formats:
         write_atomically(folder / f"ctm-{name}.ctm", ctm(utterances))
         changed += [u.id for u in utterances if re.search(r"\s", u.id)]
-    if "textgrid" in formats:
+    for kind, (make, suffix) in SINGLE_FILES.items():
+        if kind not in formats:
+            continue
         taken: set[str] = set()
         for utterance in sorted(utterances, key=lambda u: u.id):
             stem = _free_name(re.sub(r"[^\w.-]+", "_", utterance.id), taken)
             if stem != utterance.id:
                 changed.append(utterance.id)
-            write_atomically(folder / f"textgrid-{name}" / f"{stem}.TextGrid", textgrid(utterance))
+            write_atomically(folder / f"{kind}-{name}" / f"{stem}.{suffix}", make(utterance))
     if changed := sorted(set(changed)):
         logger.warning("%d ids have another form in the CTM or as file names: %s", len(changed), ", ".join(changed))
 

@@ -123,6 +123,15 @@ def hypothesis_segments(
     Raises:
         ValueError: tokens that the utterance has no path for.
     """
+    alignments = hypothesis_paths(log_probs, lengths, hypotheses)
+    return [
+        phone_segments(frames[:length], alignment, duration, tokenizer, factor, correction)
+        for frames, length, alignment, duration in zip(log_probs, lengths.tolist(), alignments, durations, strict=True)
+    ]
+
+
+def hypothesis_paths(log_probs: Tensor, lengths: Tensor, hypotheses: Sequence[Hypothesis]) -> list[ForcedAlignment]:
+    """The best path through the tokens of each hypothesis; arguments and errors as of `hypothesis_segments`."""
     paths = [_single_path(hypothesis) for hypothesis in hypotheses]
     alignments = [path for path in paths if path is not None]
     if len(alignments) < len(hypotheses):
@@ -132,10 +141,7 @@ def hypothesis_segments(
             raise ValueError(
                 f"hypothesis {n} of the batch: {alignment.problem}; these log-probabilities did not give it"
             )
-    return [
-        phone_segments(frames[:length], alignment, duration, tokenizer, factor, correction)
-        for frames, length, alignment, duration in zip(log_probs, lengths.tolist(), alignments, durations, strict=True)
-    ]
+    return alignments
 
 
 def _single_path(hypothesis: Hypothesis) -> ForcedAlignment | None:
@@ -153,11 +159,21 @@ def phone_segments(
     correction: TimeCorrection | None = None,
 ) -> list[Segment]:
     """The phones of one alignment in time; log_probs: (T', V) without padding, the rest as in `hypothesis_segments`."""
-    centres = label_centres(log_probs, alignment, factor)
-    kept = [k for k, token in enumerate(alignment.tokens) if token != tokenizer.boundary_id]
+    return segments_of(alignment.tokens, label_centres(log_probs, alignment, factor), duration, tokenizer, correction)
+
+
+def segments_of(
+    tokens: Sequence[int],
+    centres: LabelCentres,
+    duration: float,
+    tokenizer: PhoneTokenizer,
+    correction: TimeCorrection | None = None,
+) -> list[Segment]:
+    """The phones among some tokens in time, from where the tokens have their peaks."""
+    kept = [k for k, token in enumerate(tokens) if token != tokenizer.boundary_id]
     edges = spans([centres.seconds[k] for k in kept], duration, correction or TimeCorrection())
     return [
-        Segment(tokenizer.pieces[alignment.tokens[k]], start, end, round(centres.confidence[k], DIGITS))
+        Segment(tokenizer.pieces[tokens[k]], start, end, round(centres.confidence[k], DIGITS))
         for k, (start, end) in zip(kept, edges, strict=True)
     ]
 

@@ -130,6 +130,22 @@ class PhoneTokenizer:
         return cls(proto, str(path))
 
     @classmethod
+    def from_tokens(cls, path: str | Path) -> PhoneTokenizer:
+        """Build the model from a `tokens.txt` of lines `piece id`. Raises ValueError for pieces it cannot have."""
+        try:
+            lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            pieces = [piece for piece, number in sorted(lines, key=lambda line: int(line[1]))]
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"{path}: cannot read it as lines of a piece and its id ({error})") from error
+        symbols = tuple(pieces[len(FIXED_PIECES) :])
+        if tuple(pieces[: len(FIXED_PIECES)]) != FIXED_PIECES or symbols != tuple(sorted(symbols)) or len(symbols) < 2:
+            raise ValueError(
+                f"{path}: the pieces must be {' '.join(FIXED_PIECES)} and then symbols in code-point order; give the "
+                "sentencepiece model of this vocabulary as tokenizer.model"
+            )
+        return cls(_train(symbols, str(path)), str(path))
+
+    @classmethod
     def from_bytes(cls, proto: bytes) -> PhoneTokenizer:
         """Load the serialised model that a checkpoint carries."""
         return cls(proto, "tokenizer model in the checkpoint")

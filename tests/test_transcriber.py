@@ -1,0 +1,206 @@
+"""Recordings of any length to phones: with a model that hears one frame at a time, so that windows change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from random_checkpoint import write_checkpoint
+from zipformer_crctc import PhoneRecognizer, transcriber
+from zipformer_crctc.config import ModelConfig
+from zipformer_crctc.features import num_feature_frames
+from zipformer_crctc.recogniser import Recogniser
+from zipformer_crctc.sources import Source
+from zipformer_crctc.tokenizer import PhoneTokenizer
+
+TOKENIZER = PhoneTokenizer.from_table()
+RATE = 16_000
+
+
+@dataclass
+class LocalRecogniser:
+    """Output frame t' depends on nothing but the feature frames 2 t' + 4 that it stands for."""
+
+    factor: int = 1
+    batches: list[tuple[int, ...]] = field(default_factory=list)
+    """Numbers of frames in each batch."""
+    tokenizer: PhoneTokenizer = TOKENIZER
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.config = ModelConfig(output_downsampling_factor=self.factor)
+        self.weight = torch.randn((80, self.tokenizer.vocab_size), generator=generator)
+
+    def log_probs_of(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        self.batches.append(tuple(num_frames.tolist()))
+        frames = (features.shape[1] - 7) // 2
+        scores = features[:, 4 : 4 + 2 * frames : 2] @ self.weight
+        scores[..., 1:4] = -100.0
+        scores = scores[:, self.factor - 1 :: self.factor]
+        scores[..., 0] = scores[..., 4:].amax(-1) - 4.0  # blank in half of the frames
+        scores[:, ::2, 0] += 8.0
+        return scores.log_softmax(-1), ((num_frames - 7) // 2) // self.factor
+
+
+def recognizer(factor: int = 1, **settings: Any) -> PhoneRecognizer:
+    model: Any = LocalRecogniser(factor)
+    return PhoneRecognizer(model, **settings)
+
+
+def babble(seconds: float, seed: int = 0) -> np.ndarray:
+    """Another tone every 70 ms."""
+    rng = np.random.default_rng(seed)
+    pitch = np.repeat(rng.uniform(100, 7000, int(seconds / 0.07) + 1), int(0.07 * RATE))[: int(seconds * RATE)]
+    noise = rng.standard_normal(len(pitch)) * 0.003
+    return (0.2 * np.sin(2 * np.pi * np.cumsum(pitch) / RATE) + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("batch_seconds", [5.0, 1000.0])
+def test_windows_neither_lose_nor_double_phones(factor: int, batch_seconds: float) -> None:
+    audio = babble(31.3)
+    (whole,) = recognizer(factor, window=60.0).transcribe(audio)
+    windowed = recognizer(factor, window=4.0, overlap=1.0, batch_seconds=batch_seconds)
+    (cut,) = windowed.transcribe(audio)
+    assert len(whole.phones) > 100
+    assert cut.phones == whole.phones
+    assert cut.duration == whole.duration == 31.3
+    for name in ("starts", "ends", "confidence"):
+        assert np.allclose(getattr(cut, name), getattr(whole, name), atol=2e-3), name
+    assert cut.score == pytest.approx(whole.score, rel=1e-4)
+    model: Any = windowed.recogniser
+    assert max(max(batch) for batch in model.batches) <= 400
+
+
+def test_results_come_in_order_whatever_the_lengths() -> None:
+    lengths = [3.0, 0.5, 7.7, 1.0, 0.3, 5.0]
+    arrays = [babble(seconds, seed) for seed, seconds in enumerate(lengths)]
+    model = recognizer(window=4.0, overlap=1.0, batch_seconds=6.0)
+    together = model.transcribe(arrays)
+    assert [result.duration for result in together] == pytest.approx(lengths)
+    assert [result.id for result in together] == [f"array-{n}" for n in range(6)]
+    alone = [model.transcribe(array)[0] for array in arrays]
+    assert [result.phones for result in together] == [result.phones for result in alone]
+    batches: Any = model.recogniser
+    assert all(list(batch) == sorted(batch, reverse=True) for batch in batches.batches)
+    assert max(len(batch) * max(batch) for batch in batches.batches) <= 600
+
+
+def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held does not grow with the recording: an hour here, silence that is made as it is read."""
+
+    class Silence:
+        warning = None
+        given = 0
+
+        def __iter__(self) -> Iterator[np.ndarray]:
+            for _ in range(360):
+                yield np.zeros(10 * RATE, np.float32)
+                self.given += 10
+
+    stream, ahead, passed = Silence(), [0.0], [0.0]
+    model = recognizer(window=30.0, overlap=4.0, batch_seconds=60.0)
+    monkeypatch.setattr(model, "_fbank", lambda samples: torch.zeros(num_feature_frames(len(samples)), 80))
+
+    def log_probs_of(features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        ahead.append(stream.given - passed[0])
+        passed[0] += len(num_frames) * 26.0
+        lengths = (num_frames - 7) // 2
+        log_probs = torch.full((len(features), int(lengths.max()), TOKENIZER.vocab_size), -9.0)
+        log_probs[..., 0] = 0.0
+        return log_probs, lengths
+
+    monkeypatch.setattr(model.recogniser, "log_probs_of", log_probs_of)
+    held: list[int] = []
+    add = transcriber.Stitcher.add
+
+    def counted(self: transcriber.Stitcher, log_probs: Tensor, last: bool) -> Iterator[Any]:
+        yield from add(self, log_probs, last)
+        assert self._held is not None
+        held.append(len(self._held))
+
+    monkeypatch.setattr(transcriber.Stitcher, "add", counted)
+    (result,) = model.stream([Source("hour", "", stream)])
+    assert result.duration == 3600.0 and result.phones == [] and result.problem is None
+    assert max(ahead) <= 60 * transcriber.POOL_BATCHES + 60
+    assert max(held) <= 2 * 30 * 50 + 30 * 50
+
+
+def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones(tmp_path: Path) -> None:
+    class Broken:
+        warning = None
+
+        def __iter__(self) -> Iterator[np.ndarray]:
+            yield babble(9.0)
+            raise transcriber.AudioError("torn")
+
+    model = recognizer(window=4.0, overlap=1.0, batch_seconds=1.0)
+    other = babble(2.0, 1)
+    (result,) = model.transcribe(other)
+    streams: list[Any] = [Broken(), [other]]
+    sources = [Source("bad", "bad.wav", streams[0]), Source("good", "", _Blocks(other))]
+    bad, good = model.stream(sources)
+    assert bad.problem == "torn" and bad.phones == []
+    assert good.phones == result.phones
+
+
+class _Blocks:
+    warning = None
+
+    def __init__(self, samples: np.ndarray) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self.samples
+
+
+def test_rates_channels_and_integers_make_no_difference(tmp_path: Path) -> None:
+    audio = babble(2.0)
+    model = recognizer()
+    (want,) = model.transcribe(audio)
+    pcm = (audio * 32767).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", pcm, RATE)
+    soundfile.write(tmp_path / "a.flac", np.stack([pcm, np.zeros_like(pcm), pcm], axis=1), RATE)
+    (by_file,) = model.transcribe(tmp_path / "a.wav")
+    (by_array,) = model.transcribe(pcm)
+    (by_channel,) = model.transcribe(str(tmp_path / "a.flac"), channel=3)
+    assert by_file.phones == by_array.phones == by_channel.phones
+    assert len(want.phones) == len(by_file.phones)
+    (absent,) = model.transcribe(tmp_path / "a.flac", channel=4)
+    assert absent.problem == "has 3 channels, so there is no channel 4"
+    (unsigned,) = model.transcribe(np.zeros(RATE, np.uint8))
+    assert unsigned.problem is not None and "uint8" in unsigned.problem
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="overlap of 3 s: the overlap must be above 0 and below half"):
+        recognizer(window=5.0, overlap=3.0)
+    with pytest.raises(ValueError, match="batch_seconds: 0"):
+        recognizer(batch_seconds=0)
+    with pytest.raises(ValueError, match="shape"):
+        recognizer().transcribe(np.zeros((2, 2, 2)))
+
+
+def test_long_and_short_through_a_real_model(tmp_path: Path) -> None:
+    """Utterances that fit into a window get exactly what they get alone."""
+    model = PhoneRecognizer.from_pretrained(
+        write_checkpoint(tmp_path / "model.pt"), device="cpu", window=3.0, overlap=0.6, batch_seconds=9.0
+    )
+    assert isinstance(model.recogniser, Recogniser)
+    arrays = [babble(seconds, seed) for seed, seconds in enumerate([1.0, 2.9, 0.4, 8.0])]
+    together = model.transcribe(arrays)
+    assert [result.problem for result in together] == [None] * 4
+    for array, result in zip(arrays, together, strict=True):
+        (alone,) = model.transcribe(array)
+        assert alone.phones == result.phones
+        assert alone.score == pytest.approx(result.score, abs=1e-2)
+    assert together[-1].ends[-1] <= 8.0 if together[-1].ends else True

@@ -1,0 +1,210 @@
+"""Transcribe recordings: `python zipformer_crctc/transcribe.py --model MODEL FILE_OR_FOLDER ...`.
+
+Takes audio files of any length, rate and number of channels, folders, patterns and `-` for standard input. Prints the
+phones, or writes them to files with --output-dir. Exit status 1 says that some recordings could not be used; they are
+named on standard error. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from zipformer_crctc.checks import check_decode
+from zipformer_crctc.commandline import run_program, search_warnings
+from zipformer_crctc.config import DataConfig, DecodeConfig
+from zipformer_crctc.flags import add_flags, raise_if_any, read_flags, to_plain
+from zipformer_crctc.results import write_atomically
+from zipformer_crctc.shar import Skipped
+from zipformer_crctc.sources import find_sources
+from zipformer_crctc.timefiles import ctm, join_marks, write_time_files
+from zipformer_crctc.times import TimeCorrection
+from zipformer_crctc.transcriber import PhoneRecognizer, Transcription
+
+logger = logging.getLogger(__name__)
+
+DECODE_FIELDS = (
+    *("decoding_method", "beam", "lm", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip", "inventory"),
+    *("blank_penalty", "published_padding", "time_correction", "device", "num_threads"),
+)
+"""The fields of DecodeConfig that are flags here too."""
+PRINTED = ("text", "jsonl", "ctm")
+FORMATS = (*PRINTED, "textgrid", "srt")
+NAME = "transcripts"
+
+
+@dataclass(frozen=True)
+class TranscribeConfig:
+    """Which model transcribes, how recordings are cut, and where the results go."""
+
+    model: str | None = None
+    """Checkpoint of ours or a published one (.pt, .pth), a folder of them, a folder with config.json and
+    model.safetensors, or a Hugging Face id."""
+    avg: int = 1
+    """Number of checkpoints of a folder to average."""
+    iter: int = 0
+    """Last of the checkpoint-N.pt files to average; 0 is the newest."""
+    use_averaged_model: bool = True
+    """Average all batches between two checkpoints, by their running averages, where they hold them."""
+    bpe_model: Path | None = None
+    """SentencePiece model file of the tokenizer; without it the model's own, else the built-in table."""
+    channel: int | None = None
+    """Channel to take, from 1; without it the mean of all."""
+    window: float = 30.0
+    """Longest stretch in seconds that the model gets at once; longer recordings are cut into windows."""
+    overlap: float = 4.0
+    """Overlap of two windows in seconds."""
+    batch_seconds: float = 240.0
+    """Audio in a batch in seconds, padding included."""
+    output_dir: Path | None = None
+    """Folder for the results; without it they are printed."""
+    output_formats: tuple[str, ...] = ("text",)
+    """Comma list of text, jsonl, ctm, textgrid and srt; the last two need --output-dir, which takes several."""
+    progress: bool = True
+    """Show a progress bar where standard error is a terminal."""
+
+
+@dataclass(frozen=True)
+class TranscribeArgs:
+    """What transcribe.py was asked to do."""
+
+    inputs: tuple[str, ...]
+    config: TranscribeConfig
+    decode: DecodeConfig
+    warnings: tuple[str, ...]
+    print_config: bool
+
+    def to_json(self) -> str:
+        """The whole configuration, for --print-config."""
+        decode = {name: value for name, value in to_plain(self.decode).items() if name in DECODE_FIELDS}
+        parts = {"inputs": list(self.inputs), "transcribe": to_plain(self.config), "decode": decode}
+        return json.dumps(parts, indent=2, ensure_ascii=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; status 2 for a bad configuration or model, 1 where some recordings could not be used."""
+    run_program("transcribe.py", lambda: parse_args(argv), run)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TranscribeArgs:
+    """The checked configuration. Raises ConfigError; exits with status 2 for unknown flags and with 0 for --help."""
+    parser = argparse.ArgumentParser(description="Transcribe recordings to IPA phones.", allow_abbrev=False)
+    parser.add_argument("inputs", nargs="*", metavar="AUDIO", help="files, folders, patterns; - is standard input")
+    add_flags(parser, TranscribeConfig, (TranscribeConfig.__doc__ or "").splitlines()[0])
+    add_flags(parser, DecodeConfig, "The search, as of decode.py.", DECODE_FIELDS)
+    parser.add_argument("--print-config", action="store_true", help="check all flags, print them as JSON and exit")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    problems: list[str] = []
+    config = TranscribeConfig(**read_flags(given, TranscribeConfig, problems))
+    own = {field.name for field in fields(TranscribeConfig)}
+    searching = {name: value for name, value in given.items() if name not in own}
+    decode = DecodeConfig(**read_flags(searching, DecodeConfig, problems))
+    problems += check_decode(decode, DataConfig(), {})
+    problems += _problems(config, given["inputs"])
+    raise_if_any(problems)
+    return TranscribeArgs(
+        tuple(given["inputs"]), config, decode, tuple(search_warnings(decode, given)), given["print_config"]
+    )
+
+
+def _problems(config: TranscribeConfig, inputs: Sequence[str]) -> list[str]:
+    problems = []
+    if not config.model:
+        problems.append("--model is missing: name a checkpoint, a folder of them, or a Hugging Face id.")
+    if not inputs:
+        problems.append("no audio: name files, folders or patterns, or - for standard input.")
+    if unknown := [name for name in config.output_formats if name not in FORMATS]:
+        problems.append(f"--output-formats {','.join(unknown)}: unknown; give any of {','.join(FORMATS)}.")
+    elif config.output_dir is None and (len(config.output_formats) > 1 or config.output_formats[0] not in PRINTED):
+        problems.append(
+            f"--output-formats {','.join(config.output_formats)}: without --output-dir one of {','.join(PRINTED)} is "
+            "printed; give --output-dir."
+        )
+    for name in ("avg", "channel"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1.")
+    return problems
+
+
+def run(args: TranscribeArgs) -> None:
+    """Transcribe everything; exits with status 1 where some recordings could not be used."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for warning in args.warnings:
+        logger.warning(warning)
+    config = args.config
+    sources = find_sources(args.inputs, channel=config.channel)
+    if not sources:
+        raise ValueError(f"{' '.join(args.inputs)}: no audio files there; name others")
+    skipped, results = Skipped(max_examples=None), []
+    for result in _recognizer(args).stream(sources, config.progress):
+        if result.problem is not None:
+            skipped.add(result.problem, result.audio)
+        elif config.output_dir is None:
+            print(formatted(result, config.output_formats[0]), end="", flush=True)
+        # Long transcriptions are kept for the files only.
+        if config.output_dir is not None:
+            results.append(result)
+    if config.output_dir is not None:
+        write_transcriptions(config.output_dir, config.output_formats, results)
+        logger.info("results are in %s", config.output_dir)
+    if skipped.total:
+        logger.warning("not transcribed, %d of %d recordings: %s", skipped.total, len(sources), skipped.report())
+        sys.exit(1)
+
+
+def _recognizer(args: TranscribeArgs) -> PhoneRecognizer:
+    config, decode = args.config, args.decode
+    assert config.model is not None
+    if decode.num_threads:
+        torch.set_num_threads(decode.num_threads)
+    return PhoneRecognizer.from_pretrained(
+        config.model,
+        device=decode.device,
+        avg=config.avg,
+        iter=config.iter,
+        use_averaged_model=config.use_averaged_model,
+        bpe_model=config.bpe_model,
+        published_padding=decode.published_padding,
+        decode=decode,
+        correction=TimeCorrection.read(decode.time_correction) if decode.time_correction else None,
+        window=config.window,
+        overlap=config.overlap,
+        batch_seconds=config.batch_seconds,
+    )
+
+
+def formatted(result: Transcription, kind: str) -> str:
+    """One result as text (id, a tab, the phones with spaces between them), as a line of JSON, or as CTM lines."""
+    if kind == "jsonl":
+        return json.dumps(asdict(result), ensure_ascii=False) + "\n"
+    if kind == "ctm":
+        return ctm([result.timed()])
+    return f"{result.id}\t{' '.join(segment.phone for segment in join_marks(result.segments))}\n"
+
+
+def write_transcriptions(folder: Path, formats: Sequence[str], results: Sequence[Transcription]) -> None:
+    """Write `transcripts.txt`, `transcripts.jsonl` and the files of `write_time_files`: those that `formats` lists.
+
+    Recordings that could not be used stand in the JSON lines only.
+    """
+    good = [result for result in results if result.problem is None]
+    if "text" in formats:
+        write_atomically(folder / f"{NAME}.txt", "".join(formatted(result, "text") for result in good))
+    if "jsonl" in formats:
+        write_atomically(folder / f"{NAME}.jsonl", "".join(formatted(result, "jsonl") for result in results))
+    write_time_files(folder, NAME, formats, [result.timed() for result in good])
+
+
+if __name__ == "__main__":
+    main()
