@@ -15,7 +15,18 @@ PACKAGE = "zipformer_crctc"
 MODULES = sorted(path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__")
 PROGRAMS = {"train", "decode", "report", "align", "time_errors", "transcribe", "cli"}
 
-MODEL = ["schedule", "regularisers", "activations", "frontend", "attention", "layers", "encoder", "model", "losses"]
+MODEL = [
+    "schedule",
+    "products",
+    "regularisers",
+    "activations",
+    "frontend",
+    "attention",
+    "layers",
+    "encoder",
+    "model",
+    "losses",
+]
 """The model in the order of its parts: each imports only what stands before it."""
 SETTINGS = {"config", "flags"}
 """What the model may know besides itself."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -115,7 +116,7 @@ class AttentionWeights(ScheduledModule):
         self.query_dim = num_heads * query_head_dim
         self.pos_query_dim = num_heads * pos_head_dim
         self.pos_emb_skip_rate = Schedule((0, 0.5), (4000, 0.0))
-        self.in_proj = nn.Linear(embed_dim, 2 * self.query_dim + self.pos_query_dim)
+        self.in_proj = Linear(embed_dim, 2 * self.query_dim + self.pos_query_dim)
         # Stands for the usual scaling of the scores.
         scale_initial_values(self.in_proj, query_head_dim**-0.25)
         self.linear_pos = nn.Linear(pos_dim, self.pos_query_dim, bias=False)
@@ -169,8 +170,8 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, value_head_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj = nn.Linear(embed_dim, num_heads * value_head_dim)
-        self.out_proj = nn.Linear(num_heads * value_head_dim, embed_dim)
+        self.in_proj = Linear(embed_dim, num_heads * value_head_dim)
+        self.out_proj = Linear(num_heads * value_head_dim, embed_dim)
         scale_initial_values(self.out_proj, 0.05)
         self.whiten = Whiten(1, Schedule((0, 7.5), (20000, 22.5), default=7.5), grad_scale=0.01)
 
@@ -191,7 +192,7 @@ class NonlinAttention(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(channels, 3 * hidden_channels)
+        self.in_proj = Linear(channels, 3 * hidden_channels)
         self.balancer = Balancer(
             -1,
             min_positive=Schedule((0, 0.25), (20000, 0.05)),
@@ -200,7 +201,7 @@ class NonlinAttention(nn.Module):
             max_abs=5.0,
         )
         self.whiten1 = Whiten(1, Schedule((0, 5.0), (20000, 10.0), default=5.0), grad_scale=0.01)
-        self.out_proj = nn.Linear(hidden_channels, channels)
+        self.out_proj = Linear(hidden_channels, channels)
         scale_initial_values(self.out_proj, 0.05)
         self.whiten2 = Whiten(1, Schedule((0, 5.0), (20000, 15.0), default=5.0), grad_scale=0.01)
 

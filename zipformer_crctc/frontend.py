@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l
+from zipformer_crctc.products import Linear, linear
 from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -60,13 +60,18 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        residual = self.pointwise_conv1(self.depthwise_conv(inner))
-        residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
+        residual = pointwise(self.depthwise_conv(inner), self.pointwise_conv1)
+        residual = pointwise(swoosh_l(self.hidden_balancer(residual)), self.pointwise_conv2)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)
         x = self.out_balancer(x + residual)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution of single places, (N, C, T', F') to (N, O, T', F'): with channels last a linear layer."""
+    return linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 class Conv2dSubsampling(nn.Module):
@@ -103,7 +108,7 @@ class Conv2dSubsampling(nn.Module):
             SwooshR(),
         )
         self.convnext = ConvNeXt(third, hidden_channels)
-        self.out = nn.Linear((((feature_dim - 1) // 2) - 1) // 2 * third, embed_dim)
+        self.out = Linear((((feature_dim - 1) // 2) - 1) // 2 * third, embed_dim)
         self.out_whiten = Whiten(1, whitening_limit=Schedule((0, 4.0), (20000, 8.0), default=4.0), grad_scale=0.02)
         self.out_norm = BiasNorm(embed_dim)
         self.dropout = SharedDropout(dropout, shared_dim=1)
@@ -130,7 +135,7 @@ class Conv2dSubsampling(nn.Module):
         x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)
         # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
-        x = F.linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+        x = linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
         x = self.out_norm(self.out_whiten(x))
         return self.dropout(x), lengths
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zipformer_crctc.activations import BiasNorm, SharedDropout, swoosh_l, swoosh_r
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -31,10 +32,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, dropout: float | Schedule = 0.0) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(embed_dim, hidden_dim)
+        self.in_proj = Linear(embed_dim, hidden_dim)
         self.hidden_balancer = Balancer(-1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
         self.dropout = SharedDropout(dropout, shared_dim=0)
-        self.out_proj = nn.Linear(hidden_dim, embed_dim)
+        self.out_proj = Linear(hidden_dim, embed_dim)
         scale_initial_values(self.out_proj, 0.1)
         self.out_whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
 
@@ -122,7 +123,7 @@ class ConvModule(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, causal: bool) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(channels, 2 * channels)
+        self.in_proj = Linear(channels, 2 * channels)
         self.balancer1 = Balancer(
             -1,
             min_positive=Schedule((0, 0.05), (8000, 0.025)),
@@ -143,7 +144,7 @@ class ConvModule(nn.Module):
             max_abs=10.0,
         )
         self.whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
-        self.out_proj = nn.Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
         scale_initial_values(self.out_proj, 0.05)
 
     def forward(
