@@ -38,6 +38,16 @@ def check_lengths(features: Tensor, num_frames: Tensor) -> None:
         )
 
 
+class PointwiseConv(nn.Conv2d):
+    """A convolution of single places, (N, C, T', F') to (N, O, T', F'): with channels last it is a linear layer."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ConvNeXt(ScheduledModule):
     """Depthwise 7x7 convolution, two pointwise ones and a residual connection, with layer-drop per utterance.
 
@@ -50,9 +60,9 @@ class ConvNeXt(ScheduledModule):
         super().__init__()
         self.layerdrop_rate = Schedule((0, 0.2), (20000, 0.015))
         self.depthwise_conv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.pointwise_conv1 = nn.Conv2d(channels, hidden_channels, kernel_size=1)
+        self.pointwise_conv1 = PointwiseConv(channels, hidden_channels)
         self.hidden_balancer = Balancer(1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
-        self.pointwise_conv2 = nn.Conv2d(hidden_channels, channels, kernel_size=1)
+        self.pointwise_conv2 = PointwiseConv(hidden_channels, channels)
         scale_initial_values(self.pointwise_conv2, 0.01)
         self.out_balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
         self.out_whiten = Whiten(1, whitening_limit=5.0, grad_scale=0.01)
@@ -60,18 +70,13 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        residual = pointwise(self.depthwise_conv(inner), self.pointwise_conv1)
-        residual = pointwise(swoosh_l(self.hidden_balancer(residual)), self.pointwise_conv2)
+        residual = self.pointwise_conv1(self.depthwise_conv(inner))
+        residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)
         x = self.out_balancer(x + residual)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution of single places, (N, C, T', F') to (N, O, T', F'): with channels last a linear layer."""
-    return linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 class Conv2dSubsampling(nn.Module):
