@@ -148,13 +148,13 @@ class AttentionWeights(ScheduledModule):
         if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
             pos_key = self.linear_pos(pos_emb[0]).unflatten(-1, (self.num_heads, -1))  # (2T - 1, H, c)
             by_offset = torch.matmul(per_head(pos_query), pos_key.permute(1, 2, 0)[:, None])  # (H, N, T, 2T - 1)
-            scores = scores + _AlignOffsets.apply(by_offset)
+            scores += _AlignOffsets.apply(by_offset)
         if self.training and random.random() < self.penalty_prob:
-            scores = penalise_large_values(scores, limit=25.0, penalty=1e-4)
+            scores = penalise_large_values(scores, limit=25.0, penalty=1e-4).clone()  # no view, so it can be filled
         if attn_mask is not None:
-            scores = scores.masked_fill(attn_mask, MASKED_SCORE)
+            scores.masked_fill_(attn_mask, MASKED_SCORE)
         if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None], MASKED_SCORE)
+            scores.masked_fill_(key_padding_mask[:, None], MASKED_SCORE)
         return scores.softmax(dim=-1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, swoosh_l
 from zipformer_crctc.products import Linear, linear
 from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
@@ -70,8 +70,10 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        residual = self.pointwise_conv1(self.depthwise_conv(inner))
-        residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
+        hidden = self.hidden_balancer(self.pointwise_conv1(self.depthwise_conv(inner)))
+        active, again = swoosh_l(hidden), hidden.detach().permute(0, 2, 3, 1)
+        with computed_again(active, lambda: swoosh_l(again)):
+            residual = self.pointwise_conv2(active)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)

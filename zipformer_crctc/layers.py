@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, swoosh_l, swoosh_r
+from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, swoosh_l, swoosh_r
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
@@ -41,8 +42,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, N, C) to the same shape."""
-        hidden = swoosh_l(self.hidden_balancer(self.in_proj(x)))
-        return self.out_whiten(self.out_proj(self.dropout(hidden)))
+        hidden = self.hidden_balancer(self.in_proj(x))
+        mask = self.dropout.mask(hidden)
+
+        def activate(hidden: Tensor) -> Tensor:
+            return swoosh_l(hidden) if mask is None else swoosh_l(hidden) * mask
+
+        active = activate(hidden)
+        with computed_again(active, partial(activate, hidden.detach())):
+            y = self.out_proj(active)
+        return self.out_whiten(y)
 
 
 def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -164,7 +173,9 @@ class ConvModule(nn.Module):
         else:
             u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
-        return self.out_proj(swoosh_r(u))
+        active = swoosh_r(u)
+        with computed_again(active, partial(swoosh_r, u.detach())):
+            return self.out_proj(active)
 
 
 class Bypass(ScheduledModule):

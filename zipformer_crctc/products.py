@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 MIN_ROWS = 64
 """Smaller products are as fast the plain way."""
+MAX_GRID_ROWS = 8192
+"""With more rows it costs more to append some than to prepare a product for their number."""
 
 
 def _has_onednn() -> bool:
@@ -47,13 +49,13 @@ def over_rows(a: Tensor, b: Tensor) -> Tensor:
 def _suits_onednn(x: Tensor, other: Tensor) -> bool:
     return (
         HAS_ONEDNN
+        # What is exported runs elsewhere.
+        and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and torch.backends.mkldnn.enabled
         and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        # What is exported runs elsewhere.
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
 
 
@@ -83,7 +85,7 @@ def _to_grid(x: Tensor) -> Tensor:
     oneDNN prepares a program for every new shape, for milliseconds; batches have many different numbers of frames.
     """
     step = 1 << max(0, len(x).bit_length() - 5)
-    missing = -len(x) % step
+    missing = -len(x) % step if len(x) <= MAX_GRID_ROWS else 0
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 
