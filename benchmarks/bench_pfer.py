@@ -9,24 +9,21 @@ as its time per pair is the same for all; ours is the best of `--repeats` calls,
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import shlex
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from panphon.distance import Distance
 
+from benchmarks.results_file import result_path, row, write_rows
 from zipformer_crctc.metrics import FeatureDistance
 from zipformer_crctc.segments import inventory
 from zipformer_crctc.tokenizer import read_table
 
-OUTPUT = Path("benchmarks/results/pfer.json")
+OUTPUT = result_path("pfer")
 
 
 def main() -> None:
@@ -54,19 +51,20 @@ def main() -> None:
     if largest > 1e-9:
         sys.exit(f"bench_pfer.py: the distances differ by up to {largest}")
     rate, peer_rate = len(pairs) / min(seconds), len(theirs) / peer_seconds
-    row = {
-        "case": f"{args.pairs} pairs of {args.phones} phones",
-        "device": "cpu",
-        "unit": "pairs/s",
-        "ours": round(rate, 1),
-        "peer": {"name": "panphon, pair by pair", "speed": round(peer_rate, 1)},
-        "ratio": round(rate / peer_rate, 1),
-        "command": shlex.join(["python", "benchmarks/bench_pfer.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-    }
-    print(json.dumps(row), f"largest difference {largest:.1e}", sep="\n")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps([row], indent=1) + "\n", encoding="utf-8")
+    print(f"largest difference {largest:.1e}")
+    case = f"{args.pairs} pairs of {args.phones} phones"
+    write_rows(
+        args.output,
+        [
+            row(
+                case,
+                "pairs/s",
+                round(rate, 1),
+                {"name": "panphon, pair by pair", "speed": round(peer_rate, 1)},
+                round(rate / peer_rate, 1),
+            )
+        ],
+    )
 
 
 def random_pairs(count: int, num_phones: int) -> list[tuple[str, str]]:

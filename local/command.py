@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def add_phones(parser: ArgumentParser) -> None:
+    """The option --phones, for `load_tokenizer`."""
+    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+
+
 def load_tokenizer(table: Path | None) -> PhoneTokenizer:
     """The tokenizer of a table of phones; None means the project's own 127 pieces."""
     return PhoneTokenizer.from_table(table)
+
+
+def stable_hash(text: str) -> int:
+    """A large number that is the same in every run and on every machine; its remainders divide a corpus at random."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

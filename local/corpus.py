@@ -6,11 +6,12 @@ counting and naming what could not be used.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from local.shar import Recording, ShardStats, clear_shards, cuts_name, recording_name, write_shard
+from local.command import add_phones, load_tokenizer, positive_int
+from local.shar import Recording, ShardStats, clear_shards, write_shard
 from zipformer_crctc.audio import AudioError, load_audio
+from zipformer_crctc.sharwriter import remove_shard
 from zipformer_crctc.text import UnknownSymbols, normalise
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -74,6 +77,36 @@ def safe_id(text: str) -> str:
     Letters of any script stay, so ids made from file names stay readable.
     """
     return re.sub(r"[^\w.-]+", "_", text.replace("/", "-").replace("\\", "-")).strip("._-") or "utterance"
+
+
+def prepare_from_arguments(prepare: Callable[..., list[SplitStats]], description: str, source: str) -> None:
+    """Call prepare(source, output, phones, jobs) with the arguments of a command line; `source` says what that is."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--source", type=Path, required=True, help=source)
+    parser.add_argument("--output", type=Path, required=True, help="folder for train, dev and test")
+    add_phones(parser)
+    parser.add_argument("--jobs", type=positive_int, default=1, help="processes")
+    args = parser.parse_args()
+    prepare(args.source, args.output, args.phones, args.jobs)
+
+
+def write_corpus(
+    splits: Mapping[str, Sequence[Row]], skipped: Sequence[Skipped], output: Path, phones: Path | None, jobs: int
+) -> list[SplitStats]:
+    """Write output/{train,dev,test} with the tokenizer of a table of phones, and report.
+
+    splits: rows of each split; of one that is missing, older shards are removed. skipped: rows that were unfit before.
+    Raises ValueError when nothing is left.
+    """
+    tokenizer = load_tokenizer(phones)
+    stats = []
+    for split in SPLITS:
+        if split in splits:
+            stats.append(write_split(splits[split], split, output / split, tokenizer, jobs))
+        else:
+            clear_shards(output / split)
+    report(stats, skipped, output)
+    return stats
 
 
 def write_split(
@@ -153,8 +186,7 @@ def _write_chunk(rows: list[Row], folder: Path, number: int) -> _ChunkResult:
     shard = write_shard(recordings(), folder, number)
     failures.update(shard.skipped)
     if shard.cuts == 0:  # a shard of nothing is no use to a reader
-        for name in (cuts_name(number), recording_name(number)):
-            (folder / name).unlink()
+        remove_shard(folder, number)
     return _ChunkResult(shard, stereo, failures)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from local.command import load_tokenizer, positive_int, run
+from local.command import add_phones, load_tokenizer, positive_int, run
 from local.texts import read_texts
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.objective import TargetEncoder
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--language", required=True, help="as the training data name it")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--min-count", type=positive_int, default=1, help="leave rarer symbols out (default: 1)")
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+    add_phones(parser)
     args = parser.parse_args()
     write_inventory(args.data_config, args.language, args.output, load_tokenizer(args.phones), args.min_count)
 

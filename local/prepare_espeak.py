@@ -27,7 +27,8 @@ from local.command import positive_int, run
 from local.espeak_library import Espeak, EspeakError, Speech
 from local.espeak_text import Language, WordSource, choose_languages, sentence
 from local.espeak_voices import UnclearName, draw_speaker, phones_of
-from local.shar import SAMPLING_RATE, Recording, ShardStats, cuts_name, write_shard
+from local.shar import SAMPLING_RATE, Recording, ShardStats, write_shard
+from zipformer_crctc.sharwriter import cuts_name
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 SECONDS = (2.0, 10.0)

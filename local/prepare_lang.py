@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from local.command import load_tokenizer, run
+from local.command import add_phones, load_tokenizer, run
 
 MODEL = "unigram.model"
 TOKENS = "tokens.txt"
@@ -24,7 +24,7 @@ def prepare(phones: Path | None, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+    add_phones(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for unigram.model and tokens.txt")
     args = parser.parse_args()
     prepare(args.phones, args.output)

@@ -7,16 +7,14 @@ from an Endangered Language for Universal Phone Recognition Experiments", Inters
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from local.command import load_tokenizer, positive_int, run
-from local.corpus import SPLITS, Row, Skipped, SplitStats, report, safe_id, write_split
-from local.shar import clear_shards
+from local.command import run
+from local.corpus import SPLITS, Row, Skipped, SplitStats, prepare_from_arguments, safe_id, write_corpus
 
 CORPUS = "tusom2021"
 LANGUAGE = "tusom"
@@ -45,35 +43,28 @@ def read_split(data: Path, split: str) -> tuple[list[Row], list[Skipped]]:
     return rows, skipped
 
 
-def prepare(source: Path, output: Path, phones: Path | None = None, jobs: int = 1) -> list[SplitStats]:
-    """Write output/{train,dev,test} from a copy of the repository at `source`; a missing split is skipped."""
+def read_repository(source: Path) -> tuple[dict[str, list[Row]], list[Skipped]]:
+    """Rows by split from a copy of the repository, without the splits that it lacks, and what cannot be used."""
     data = source / "data"
     present = [split for split in SPLITS if (data / f"{split}.yml").is_file()]
     if not present or not (data / "wav").is_dir():
         raise ValueError(
             f"{source} is no copy of the tusom2021 repository: data/wav/ and data/{{train,dev,test}}.yml are expected"
         )
-    tokenizer = load_tokenizer(phones)
-    read = {split: read_split(data, split) for split in present}
-    stats = []
     for split in SPLITS:
-        if split in read:
-            stats.append(write_split(read[split][0], split, output / split, tokenizer, jobs))
-        else:
+        if split not in present:
             logging.warning("%s: %s does not exist: this split is left out", split, data / f"{split}.yml")
-            clear_shards(output / split)
-    report(stats, [item for _, skipped in read.values() for item in skipped], output)
-    return stats
+    read = {split: read_split(data, split) for split in present}
+    return {split: rows for split, (rows, _) in read.items()}, [item for _, part in read.values() for item in part]
+
+
+def prepare(source: Path, output: Path, phones: Path | None = None, jobs: int = 1) -> list[SplitStats]:
+    """Write output/{train,dev,test} from a copy of the repository at `source`; a missing split is left out."""
+    return write_corpus(*read_repository(source), output, phones, jobs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True, help="copy of the published repository")
-    parser.add_argument("--output", type=Path, required=True, help="folder for train, dev and test")
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
-    parser.add_argument("--jobs", type=positive_int, default=1, help="processes")
-    args = parser.parse_args()
-    prepare(args.source, args.output, args.phones, args.jobs)
+    prepare_from_arguments(prepare, __doc__.splitlines()[0], "copy of the published repository")
 
 
 if __name__ == "__main__":

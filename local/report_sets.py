@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from local.command import load_tokenizer, positive_int, run
+from local.command import add_phones, load_tokenizer, positive_int, run
 from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.filters import FilterLimits, TrainingFilter, alignment_problem
 from zipformer_crctc.objective import TargetEncoder
-from zipformer_crctc.shar import Shard, Skipped, find_shards, read_shard
+from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards, read_shard
 from zipformer_crctc.text import UnknownSymbols
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -63,20 +63,25 @@ def read_one(shard: Shard, tokenizer: PhoneTokenizer, limits: FilterLimits | Non
     encode = TargetEncoder(tokenizer)
     judge = TrainingFilter(encode, limits)
     for utterance in read_shard(shard, result.unreadable):
-        result.cuts += 1
-        result.seconds += utterance.duration
-        result.languages[utterance.language] += 1
         if limits is None:
             reason = alignment_problem(encode(utterance.text), utterance.num_samples)
         else:
             reason = judge(utterance)
-        if reason is None:
-            result.kept += 1
-            result.kept_seconds += utterance.duration
-        else:
-            result.filtered.add(reason, utterance.id)
+        count_utterance(result, utterance, reason)
     result.unknown = encode.unknown
     return result
+
+
+def count_utterance(result: SetReport, utterance: Utterance, reason: str | None) -> None:
+    """Add an utterance that is left out for `reason`, or kept where it is None."""
+    result.cuts += 1
+    result.seconds += utterance.duration
+    result.languages[utterance.language] += 1
+    if reason is None:
+        result.kept += 1
+        result.kept_seconds += utterance.duration
+    else:
+        result.filtered.add(reason, utterance.id)
 
 
 def report_set(folder: Path, tokenizer: PhoneTokenizer, limits: FilterLimits | None, jobs: int = 1) -> SetReport:
@@ -133,11 +138,7 @@ def report_all(sets: DataSets, tokenizer: PhoneTokenizer, jobs: int = 1) -> None
         result = report_set(folder, tokenizer, limits, jobs)
         log_report(kind, name, result, limits is None)
         kept[kind] += result.kept
-    _refuse_nothing([kind for kind in ("train", "unsup") if getattr(sets, kind) and not kept[kind]], sets)
-
-
-def _refuse_nothing(empty: Sequence[str], sets: DataSets) -> None:
-    if empty:
+    if empty := [kind for kind in ("train", "unsup") if getattr(sets, kind) and not kept[kind]]:
         raise ValueError(
             f"{sets.source}: nothing is left of {' and '.join(empty)} after the filters: change the limits under "
             "filters there (for single words, prepare.sh --filters alignable), or correct the data"
@@ -147,7 +148,7 @@ def _refuse_nothing(empty: Sequence[str], sets: DataSets) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-config", type=Path, required=True, help="YAML file that lists the sets")
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+    add_phones(parser)
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes")
     args = parser.parse_args()
     report_all(load_data_config(args.data_config), load_tokenizer(args.phones), args.jobs)

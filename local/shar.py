@@ -1,15 +1,12 @@
-"""Write shar shards as IPAPack++ has them: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar.
+"""Recordings to shar shards: samples to FLAC, texts to supervisions; `zipformer_crctc.sharwriter` writes the files.
 
-The same recordings give the same bytes: time stamps in the gzip and tar headers are zero. FLAC is encoded by
-libsndfile, so no torchaudio is needed; lhotse's `CutSet.from_shar` reads the result.
+The same recordings give the same bytes. FLAC is encoded by libsndfile, so no torchaudio is needed; lhotse's
+`CutSet.from_shar` reads the result.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
-import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +15,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-SAMPLING_RATE = 16_000
-CUTS_PER_SHARD = 20_000
-"""The published shards hold at most this many cuts."""
+from zipformer_crctc.sharwriter import open_shard
 
+SAMPLING_RATE = 16_000
 INT16_SCALE = 32_768
 
 
@@ -54,14 +50,6 @@ class ShardStats:
     """(id, reason) of each recording that could not be written"""
 
 
-def cuts_name(number: int) -> str:
-    return f"cuts.{number:06d}.jsonl.gz"
-
-
-def recording_name(number: int) -> str:
-    return f"recording.{number:06d}.tar"
-
-
 def clear_shards(folder: Path) -> None:
     """Remove the shards of an earlier run, so that none stays beside fewer new ones."""
     digits = "[0-9]" * 6
@@ -73,43 +61,26 @@ def clear_shards(folder: Path) -> None:
 def write_shard(recordings: Iterable[Recording], folder: Path, number: int) -> ShardStats:
     """Write one shard of `folder`, replacing an older one of the same number.
 
-    Both files are written under temporary names and renamed when complete, the cuts last: a shard whose cuts file
-    exists is whole. A recording without samples, or with NaN or infinity in them, is skipped and named in the result.
+    The shard is written whole or not at all. A recording without samples, or with NaN or infinity in them, is skipped
+    and named in the result.
 
     Raises ValueError for an id that is used twice or that cannot be a file name, and for audio of another shape.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    cuts_path, tar_path = folder / cuts_name(number), folder / recording_name(number)
-    # Not `cuts.*.part`: readers that glob "cuts*" must not see half a file.
-    cuts_part, tar_part = folder / f".part-{cuts_path.name}", folder / f".part-{tar_path.name}"
     stats = ShardStats(number)
     seen: set[str] = set()
-    try:
-        with (
-            tarfile.open(tar_part, "w", format=tarfile.PAX_FORMAT) as tar,
-            cuts_part.open("wb") as raw,
-            gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as cuts,
-        ):
-            for recording in recordings:
-                _check(recording, seen)
-                reason = _unusable(recording.audio)
-                if reason:
-                    stats.skipped.append((recording.id, reason))
-                    continue
-                manifest = _recording_manifest(recording)
-                flac, clipped = _encode_flac(recording.audio)
-                _add_member(tar, f"{recording.id}.flac", flac)
-                _add_member(tar, f"{recording.id}.json", _json_line(manifest))
-                cuts.write(_json_line(_cut_manifest(recording, manifest)) + b"\n")
-                stats.cuts += 1
-                stats.seconds += manifest["duration"]
-                stats.clipped += clipped
-        cuts_path.unlink(missing_ok=True)
-        tar_part.replace(tar_path)
-        cuts_part.replace(cuts_path)
-    finally:
-        tar_part.unlink(missing_ok=True)
-        cuts_part.unlink(missing_ok=True)
+    with open_shard(folder, number) as add:
+        for recording in recordings:
+            _check(recording, seen)
+            reason = _unusable(recording.audio)
+            if reason:
+                stats.skipped.append((recording.id, reason))
+                continue
+            flac, clipped = _encode_flac(recording.audio)
+            cut = _cut_manifest(recording)
+            add(cut, flac)
+            stats.cuts += 1
+            stats.seconds += cut["duration"]
+            stats.clipped += clipped
     return stats
 
 
@@ -158,7 +129,8 @@ def _recording_manifest(recording: Recording) -> dict[str, Any]:
     }
 
 
-def _cut_manifest(recording: Recording, manifest: dict[str, Any]) -> dict[str, Any]:
+def _cut_manifest(recording: Recording) -> dict[str, Any]:
+    manifest = _recording_manifest(recording)
     supervision: dict[str, Any] = {
         "id": recording.id,
         "recording_id": recording.id,
@@ -189,13 +161,3 @@ def _cut_manifest(recording: Recording, manifest: dict[str, Any]) -> dict[str, A
         "recording": manifest,
         "type": "MonoCut",
     }
-
-
-def _json_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))

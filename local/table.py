@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from local.command import stable_hash
 from local.corpus import SPLITS, Row, Skipped, safe_id
 from zipformer_crctc.audiotable import find_columns, read_cells
 
@@ -89,7 +89,7 @@ def _split(rows: Sequence[tuple[Row, str, str]]) -> dict[str, list[Row]]:
 
 def hashed_split(key: str) -> str:
     """The split of a speaker or file: the same in every run and on every machine."""
-    percent = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+    percent = stable_hash(key) % 100
     if percent < DEV_PERCENT:
         return "dev"
     return "test" if percent < DEV_PERCENT + TEST_PERCENT else "train"

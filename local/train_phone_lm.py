@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from local.command import load_tokenizer, positive_int, run
+from local.command import add_phones, load_tokenizer, positive_int, run
 from local.kneser_ney import estimate, write_arpa
 from local.texts import read_texts
 from zipformer_crctc.dataconfig import load_data_config
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--order", type=positive_int, default=ORDER, help=f"longest n-gram (default: {ORDER})")
     parser.add_argument("--language", default="", help="use texts in this language only")
     parser.add_argument("--remove-diacritics", action="store_true", help="for a model trained without diacritics")
-    parser.add_argument("--phones", type=Path, help="table of phones (default: the project's own)")
+    add_phones(parser)
     parser.add_argument("--bpe-model", type=Path, help="tokenizer model file, in place of --phones")
     args = parser.parse_args()
     tokenizer = PhoneTokenizer.from_model(args.bpe_model) if args.bpe_model else load_tokenizer(args.phones)

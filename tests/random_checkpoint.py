@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from zipformer_crctc.model import build_model
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 
-def write_checkpoint(path: Path, vocabulary: PhoneTokenizer | None = None, **others: Any) -> Path:
-    """Write it, with other entries or without those that are None."""
-    config = parse_train_args(["--preset", "tiny", *SIZES]).config
+def write_checkpoint(
+    path: Path, vocabulary: PhoneTokenizer | None = None, flags: Sequence[str] = (), **others: Any
+) -> Path:
+    """Write it, for other training flags, with other entries or without those that are None."""
+    config = parse_train_args(["--preset", "tiny", *SIZES, *flags]).config
     tokenizer = vocabulary or PhoneTokenizer.from_table()
     state = build_model(config.model, tokenizer.vocab_size).state_dict()
     payload = {"model": state, "config": config_to_dict(config), "tokenizer": tokenizer.proto, **others}

@@ -106,7 +106,7 @@ def test_a_table_gives_the_same_as_a_set(model: Path, tmp_path: Path, capsys: py
         (("--table", "t.tsv", "--test-sets", "dev"), "give one of them"),
         (("--table", "t.tsv", "--beam", "8"), "--beam 8: only decode.py searches"),
         (("--table", "absent.tsv"), "absent.tsv does not exist"),
-        (("--table", "absent.tsv", "--output-formats", "srt"), "--output-formats srt: unknown"),
+        (("--table", "absent.tsv", "--output-formats", "vtt"), "--output-formats vtt: unknown"),
     ],
 )
 def test_bad_input_ends_with_one_message(

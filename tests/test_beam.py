@@ -255,17 +255,42 @@ def test_half_precision_and_strides() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_equals_cpu() -> None:
-    generator = torch.Generator().manual_seed(10)
-    log_probs = random_log_probs(generator, 5, 200, 127, peaky=4.0)
-    lengths = torch.tensor([200, 150, 1, 0, 77])
-    lm = random_lm(generator, 127)
-    for fusion, moved in ((None, None), (Fusion(lm, 0.4, 0.2), Fusion(lm.to("cuda"), 0.4, 0.2))):
-        here = prefix_beam_search(log_probs, lengths, BeamOptions(16, 4), fusion=fusion)
-        there = prefix_beam_search(log_probs.cuda(), lengths.cuda(), BeamOptions(16, 4), fusion=moved)
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["alone", "bonus", "lm"])
+@pytest.mark.parametrize("restricted", [False, True], ids=["all", "inventory"])
+@pytest.mark.parametrize(("blank_skip", "top_tokens"), [(0.0, 0), (0.5, 0), (0.0, 20)])
+def test_cuda_equals_cpu(kind: int, restricted: bool, blank_skip: float, top_tokens: int) -> None:
+    """Twice each, so that the second batch replays the graph of the first."""
+    generator = torch.Generator().manual_seed(10 + kind)
+    fusion = fusions(generator, 127)[kind]
+    moved = fusion
+    if fusion is not None and fusion.lm is not None:
+        moved = Fusion(fusion.lm.to("cuda:0"), fusion.weight, fusion.bonus)
+    allowed = torch.rand(127, generator=generator) < 0.6 if restricted else None
+    options = BeamOptions(16, 4, blank_skip=blank_skip, top_tokens=top_tokens)
+    for _ in range(2):
+        log_probs = random_log_probs(generator, 5, 200, 127, peaky=4.0)
+        lengths = torch.tensor([200, 150, 1, 0, 77])
+        here = prefix_beam_search(log_probs, lengths, options, allowed=allowed, fusion=fusion)
+        there = prefix_beam_search(log_probs.cuda(), lengths.cuda(), options, allowed=allowed, fusion=moved)
         for wanted, found in zip(here, there, strict=True):
             assert [(h.tokens, h.frames) for h in found] == [(h.tokens, h.frames) for h in wanted]
             assert [h.score for h in found] == pytest.approx([h.score for h in wanted], abs=1e-6)
+
+
+def test_acoustic_scores_leave_out_what_the_fusion_adds() -> None:
+    generator = torch.Generator().manual_seed(12)
+    log_probs = random_log_probs(generator, 3, 20, 6, peaky=3.0)
+    for fusion in fusions(generator, 6)[1:]:
+        for hypotheses in search(log_probs, [20, 7, 0], fusion=fusion):
+            for found in hypotheses:
+                assert found.acoustic == pytest.approx(found.score - added(tuple(found.tokens), fusion), abs=1e-5)
+
+
+def test_improbable_frames_do_not_vanish() -> None:
+    """Masses far below the smallest number that a float can hold."""
+    log_probs = peaks(*([0, 1, 0, 2] * 100)).log_softmax(2) - 500.0
+    best = search(log_probs, [400])[0][0]
+    assert best.tokens == [1, 2] * 100 and best.score < -200_000.0
 
 
 @pytest.mark.parametrize(

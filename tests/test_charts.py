@@ -19,26 +19,27 @@ def bars(count: int, num_series: int = 1) -> list[Bar]:
     return [Bar(f"l{i:02d}", v, [Interval(x - 2, x + 3) for x in v]) for i, v in enumerate(values)]
 
 
-def texts(svg: str) -> list[ElementTree.Element]:
-    return list(ElementTree.fromstring(svg).iter(f"{SVG}text"))
-
-
 @pytest.mark.parametrize("num_series", [1, 2])
 @pytest.mark.parametrize("count", [1, 20, 90])
 def test_bars_never_crowd(count: int, num_series: int) -> None:
     """Labels keep their distance and stay inside, however many there are."""
-    svg = bar_chart(bars(count, num_series), "PER %")
-    root = ElementTree.fromstring(svg)
-    width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    labels = [t for t in texts(svg) if (t.text or "").startswith("l")]
-    heights = [float(t.attrib["y"]) for t in labels]
-    assert len(heights) == count
-    assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
-    assert all(0 < y < height for y in heights)
-    for rect in root.iter(f"{SVG}rect"):
-        assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width - 140
-    figures = [t for t in texts(svg) if "[" in (t.text or "")]
-    assert len(figures) == count * num_series
+    parts = ElementTree.fromstring(f"<div>{bar_chart(bars(count, num_series), 'PER %')}</div>").findall(f"{SVG}svg")
+    assert len(parts) == {1: 1, 20: 1, 90: 4}[count], "an axis is always near"
+    shown = 0
+    for root in parts:
+        width, height = float(root.attrib["width"]), float(root.attrib["height"])
+        assert width < 700 and height < 950, "fits into a narrow window and on a page"
+        texts = [(t.text or "", float(t.attrib["y"])) for t in root.iter(f"{SVG}text")]
+        labels = [y for text, y in texts if text.startswith("l")]
+        assert all(b - a >= 14 for a, b in itertools.pairwise(labels)) and all(0 < y < height for y in labels)
+        figures = [y for text, y in texts if "[" in text]
+        assert len(figures) == len(labels) * num_series
+        assert all(b - a >= 13 for a, b in itertools.pairwise(figures)), "higher than their letters"
+        assert [text for text, _ in texts].count("0") == 2, "an axis above and below"
+        for rect in root.iter(f"{SVG}rect"):
+            assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width - 124
+        shown += len(labels)
+    assert shown == count
 
 
 def test_bar_lengths_are_in_proportion() -> None:
@@ -59,7 +60,7 @@ def test_text_is_escaped() -> None:
     evil = '</text><script>alert("x")</script>'
     charts = (
         bar_chart([Bar(evil, [1.0], note=evil)], evil),
-        heat_map(HeatMap([evil], [evil], {(0, 0): 1.0}, {(0, 0): evil})),
+        heat_map(HeatMap([evil], [evil], {(0, 0): 1.0}, {(0, 0): evil}), evil),
     )
     for svg in charts:
         assert "<script" not in svg
@@ -76,12 +77,14 @@ def test_heat_map() -> None:
         "reference",
         "hypothesis",
     )
-    svg = heat_map(content)
+    svg = heat_map(content, "confusions")
     root = ElementTree.fromstring(svg)
     cells = root.findall(f"{SVG}g")
     assert [cell.findtext(f"{SVG}title") for cell in cells] == ["", "p → b: 3", ""]
     assert [cell.findtext(f"{SVG}text") for cell in cells] == ["90", "10", None]
-    colours = [rect.attrib["fill"] for rect in root.iter(f"{SVG}rect")]
-    grey, red, pale = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours)
-    assert grey[0] == grey[1] == grey[2]
-    assert red[0] > red[1] and sum(pale) > sum(red)
+    (grey, _), (red, strong), (_, pale) = (
+        (r.attrib["fill"], r.attrib["fill-opacity"]) for r in root.iter(f"{SVG}rect")
+    )
+    assert "--correct" in grey and "--wrong" in red and float(strong) > float(pale)
+    labels = [t.text for t in root.findall(f"{SVG}text")]
+    assert labels.count("b") == 4 and labels.count("deleted") == 2, "on all sides"

@@ -93,10 +93,21 @@ def test_all_problems_at_once() -> None:
     assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.parametrize("method", ["ctc-decoding", "nbest", "attention-decoder-rescoring-no-ngram"])
-def test_lattice_methods_are_refused(method: str) -> None:
+@pytest.mark.parametrize("method", ["1best", "nbest-oracle", "attention-decoder-rescoring-no-ngram"])
+def test_methods_with_a_lexicon_are_refused(method: str) -> None:
     (problem,) = check_decode(DecodeConfig(decoding_method=method), DataConfig(), {})
-    assert f"--decoding-method {method}" in problem and "not there yet" in problem
+    assert f"--decoding-method {method}" in problem and "lexicon" in problem and "ctc-prefix-beam-search" in problem
+
+
+@pytest.mark.parametrize("method", ["ctc-decoding", "nbest"])
+def test_lattice_methods_need_k2(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = check_decode(DecodeConfig(decoding_method=method, nbest=20), DataConfig(), {})
+    assert f"--decoding-method {method}: needs the package k2" in problem
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert check_decode(DecodeConfig(decoding_method=method, nbest=20), DataConfig(), {}) == []
+    problems = check_decode(DecodeConfig(decoding_method="nbest", nbest=20, num_paths=10), DataConfig(), {})
+    assert "--nbest 20: must not be above --num-paths 10" in problems[0]
 
 
 def test_decoding_rules() -> None:

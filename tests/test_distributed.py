@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +14,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from small_models import SMALL_MODEL, random_batch
+from zipformer_crctc import distributed
 from zipformer_crctc.config import Config, DataConfig, TrainConfig
-from zipformer_crctc.distributed import choose_device, launch, process_group
+from zipformer_crctc.distributed import ProcessDied, choose_device, launch, process_group
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.model import build_model
 from zipformer_crctc.objective import Objective, TargetEncoder
+from zipformer_crctc.preemption import REQUEUE
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 TEXTS = ("abc", "deaf", "kid", "lomba")
@@ -64,3 +70,25 @@ def test_torchrun_and_world_size_must_agree(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="torchrun"):
         launch(worker, 2, 29876, "nowhere")
+
+
+def die_on_rank_1(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_dead_process_is_named_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "DEATH_GRACE", 0)
+    with pytest.raises(ProcessDied, match=r"rank 1 \(process \d+\) was killed by SIGKILL.*--resume auto"):
+        launch(die_on_rank_1, 2, 29885)
+
+
+def ask_for_requeue(rank: int, world_size: int) -> None:
+    sys.exit(REQUEUE)
+
+
+def test_a_run_that_was_asked_to_end_passes_its_status_on() -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch(ask_for_requeue, 2, 29886)
+    assert ended.value.code == REQUEUE

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zipformer_crctc"
 MODULES = sorted(path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__")
-PROGRAMS = {"train", "decode", "report", "align", "time_errors", "transcribe", "cli"}
+PROGRAMS = {
+    *("train", "decode", "report", "align", "time_errors", "pseudo_label", "tune_search", "transcribe", "cli"),
+    *("export_onnx", "save_pretrained"),
+}
 
 MODEL = [
     "schedule",
@@ -65,7 +68,8 @@ def test_the_model_is_built_from_the_bottom_up(module: str) -> None:
 
 def test_the_objective_is_above_the_model_and_the_data() -> None:
     """Batches become losses in one place; neither side knows of it, nor of the optimizer."""
-    above = {"objective", "optim", "checkpoint", "search", "beam", "ngram", "inventory", "methods"}
+    above = {"objective", "optim", "checkpoint", "search", "ngram", "inventory", "methods"}
+    above |= {"beam", "beamblock", "blockrunner", "k2_search"}
     above |= {"metrics", "results", *PROGRAMS}
     for module in ("features", "shar", "batches", "loader", "filters", "augment", "tokenizer", "text", *MODEL):
         assert imports(module) & above == set(), module
@@ -73,7 +77,17 @@ def test_the_objective_is_above_the_model_and_the_data() -> None:
 
 def test_optional_packages_stay_out_of_the_model() -> None:
     """The model is used without the packages that data, logging and scoring need."""
-    unwanted = ["lhotse", "tensorboard", "panphon", "wandb", "sentencepiece", "soundfile", "k2", "onnxruntime"]
+    unwanted = [
+        "lhotse",
+        "tensorboard",
+        "panphon",
+        "wandb",
+        "sentencepiece",
+        "soundfile",
+        "k2",
+        "onnxruntime",
+        "transformers",
+    ]
     code = f"import sys, {PACKAGE}.model; print([name for name in {unwanted!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

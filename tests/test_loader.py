@@ -83,6 +83,21 @@ def test_contents_of_a_batch(folders: list[Path]) -> None:
     reader.close()
 
 
+def test_features_made_from_the_audio_of_a_batch(folders: list[Path]) -> None:
+    made = [batch.to("cpu") for batch in train(folders)]
+    left = list(train(folders, only_audio=True, num_workers=1))
+    for batch, audio in zip(made, left, strict=True):
+        again = audio.to("cpu")
+        assert again.mirrored is None and audio.features.shape == (len(audio.utterances), 0, 80)
+        assert [u.id for u in again.utterances] == [u.id for u in batch.utterances]
+        assert torch.equal(again.num_frames, batch.num_frames)
+        torch.testing.assert_close(again.features, batch.features, rtol=0, atol=1e-4)
+        mask = torch.arange(batch.features.shape[1]) >= batch.num_frames[:, None]
+        assert (again.features[mask] == LOG_EPS).all()
+    with pytest.raises(ValueError, match="only_audio"):
+        train(folders, only_audio=True, zero_padded=True)
+
+
 def test_equal_to_lhotse_audio(folders: list[Path]) -> None:
     lhotse = pytest.importorskip("lhotse", reason="compares with lhotse's reading of the same folder")
     fields = {
@@ -137,16 +152,48 @@ def test_position_and_resume(folders: list[Path]) -> None:
     loader = train(folders, num_workers=1)
     first = [fingerprint(b) for b in loader]
     whole = first + [fingerprint(b) for b in loader]
-    assert loader.state_dict() == {"epoch": 3, "step": 0}
+    assert place(loader) == (3, 0)
     again = train(folders, num_workers=1)
     stopped = [fingerprint(b) for b in islice(again, 4)]
     state = again.state_dict()
-    assert state == {"epoch": 1, "step": 4}  # not what the worker has read ahead
+    assert place(again) == (1, 4)  # not what the worker has read ahead
     resumed = train(folders)
     resumed.load_state_dict(state)
     rest = [fingerprint(b) for b in resumed] + [fingerprint(b) for b in resumed]
     assert stopped + rest == whole
     assert [fingerprint(b) for b in again] == first[4:]  # the loader that was stopped goes on as well
+
+
+def place(loader: BatchLoader) -> tuple[int, int]:
+    state = loader.state_dict()
+    return state["epoch"], state["step"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_resume_from_a_state_within_the_epoch(folders: list[Path], num_workers: int) -> None:
+    few: dict[str, object] = {"endless": True, "buffer_size": 10, "max_duration": 3.0}  # states in the middle
+    endless = train(folders, num_workers=num_workers, **few)
+    whole = [fingerprint(batch) for batch in islice(endless, 40)]
+    for stop in (5, 11, 23):
+        stopped = train(folders, num_workers=num_workers, **few)
+        for _ in islice(stopped, stop):
+            pass
+        state = stopped.state_dict()
+        assert stop == 5 or (place(stopped) == (1, stop) and state["state"]["step"] > 0)
+        resumed = train(folders, num_workers=3 - num_workers, **few)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict()["state"] is state["state"]
+        assert [fingerprint(batch) for batch in islice(resumed, 40 - stop)] == whole[stop:]
+
+
+def test_a_place_that_cannot_be_found_again_is_said(folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    loader = train(folders)
+    loader.load_state_dict({"epoch": 2, "step": 5})  # as older versions wrote it
+    assert place(loader) == (2, 0)
+    assert "an older version wrote it: epoch 2 begins anew" in caplog.text
+    state = {**train(folders, seed=7).state_dict(), "step": 5}
+    loader.load_state_dict(state)
+    assert place(loader) == (1, 0) and "the seed" in caplog.text
 
 
 def test_endless(folders: list[Path]) -> None:

@@ -51,6 +51,20 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert load_data_config(tmp_path / "moved/data.yaml").train == [tmp_path / "moved/train"]
 
 
+def test_weights(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    text = "train: [a, {folder: b, weight: 2.5}]\nunsup: {folder: c, weight: 3}\n"
+    sets = load_data_config(write(tmp_path / "data.yaml", text))
+    assert sets.train == [tmp_path / "a", tmp_path / "b"] and sets.unsup == [tmp_path / "c"]
+    assert sets.weights == {tmp_path / "b": 2.5, tmp_path / "c": 3.0}
+    write_data_config(tmp_path / "again.yaml", sets)
+    assert load_data_config(tmp_path / "again.yaml").weights == sets.weights
+    wrong = "train: [{folder: a, weight: 0}, {folder: b}, {folder: c, weight: true}]\n"
+    with pytest.raises(DataConfigError, match=r"(?s)weight 0 is no.*two keys.*weight True is no"):
+        load_data_config(write(tmp_path / "wrong.yaml", wrong))
+
+
 def test_limits_that_are_not_given_are_the_published_ones(tmp_path: Path) -> None:
     sets = load_data_config(write(tmp_path / "a.yaml", "filters: {min_duration: 0.5}\n"))
     assert sets.filters == FilterLimits(min_duration=0.5)
@@ -65,7 +79,7 @@ def test_limits_that_are_not_given_are_the_published_ones(tmp_path: Path) -> Non
         ("train: [\n", "is not valid YAML"),
         ("trian: [train]\n", "unknown key 'trian' .known: train, dev, test, unsup"),
         ("train: [absent]\n", "train: folder .*absent does not exist: make it with ./prepare.sh"),
-        ("train: {a: train}\n", "train: .* is no list of folders"),
+        ("train: 3\n", "train: 3 is no list of folders"),
         ("train: [3]\n", "train: 3 is no folder name"),
         ("dev: [dev]\n", "dev: .* is no table of name: folder"),
         ("dev: {a b: train}\n", "'a b' cannot name a set"),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from lhotse import CutSet
 
-from local.shar import Recording, clear_shards, cuts_name, recording_name, write_shard
+from local.shar import Recording, clear_shards, write_shard
 from zipformer_crctc.shar import find_shards, read_shard
+from zipformer_crctc.sharwriter import cuts_name, recording_name
 
 
 def recordings(count: int = 3) -> list[Recording]:

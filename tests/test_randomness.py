@@ -335,7 +335,7 @@ def positional_dropout(b: float) -> tuple[int, int]:
 def head_dropout(b: float) -> tuple[int, int]:
     """Element-wise, before the output layer."""
     model = small_model()
-    model.encode = lambda features, num_frames, isolate: (torch.ones(50, 20, 40), num_frames)  # type: ignore[method-assign]
+    model.encode = lambda features, num_frames, isolate=False: (torch.ones(50, 20, 40), num_frames)  # type: ignore[method-assign]
     model.ctc_output[1] = nn.Identity()
     training(model, b)
     log_probs, _ = model(torch.zeros(50, 47, 80), torch.full((50,), 20))

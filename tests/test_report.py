@@ -64,7 +64,7 @@ def test_one_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Languages",
         "Phones",
         "Confusions",
-        "Articulatory features",
+        "Features",
         "Speakers",
         "Worst utterances",
     ):
@@ -88,8 +88,10 @@ def test_two_systems_with_audio(tmp_path: Path) -> None:
     page = run(
         *files, "--names", f"first,{EVIL}", "--data-config", config, "--clips", 3, "--output", tmp_path / "report.html"
     )
-    assert "Most errors fewer in B" in page and "has the lower PER" in page
-    assert page.count("<audio") >= 3 and len(set(re.findall(r'src="(data:audio/flac[^"]*)"', page))) <= 3
+    assert ">B better</h2>" in page and "is better: a PER of" in page
+    assert page.count("<audio") == page.count("<image") == 3, "once each, although utterances stand in several lists"
+    linked = re.findall(r'<a href="#(utterance-\d+)">Audio', page)
+    assert linked and all(f'<h3 id="{anchor}">' in page for anchor in linked)
     assert "spectrogram" in page and "Audio is embedded for 3 of the 12" in page
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| first |" in markdown and "<script" not in markdown.replace("\\<", "")
@@ -124,11 +126,38 @@ def test_all_correct(tmp_path: Path) -> None:
     assert "No errors." in run(file, "--output", tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("systems", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_utterances_without_language_and_speaker(count: int, systems: int, tmp_path: Path) -> None:
+    files = []
+    for number in range(systems):
+        results = [UtteranceResult(f"x{i}", ["a", "p"], ["a"][number:]) for i in range(count)]
+        files.append(write(tmp_path / f"results-{'ab'[number]}.jsonl", results))
+    page = run(*files, "--output", tmp_path / "report.html")
+    assert "No utterance names its language." in page and ">Speakers</h2>" not in page
+    assert "## By language" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert ("too few to compare" in page) == (systems == 2 and count == 1)
+
+
+def test_a_language_that_only_one_system_has(tmp_path: Path) -> None:
+    results = random_results(9)
+    files = [write(tmp_path / "results-a.jsonl", results), write(tmp_path / "results-b.jsonl", results[:2])]
+    page = run(*files, "--output", tmp_path / "report.html")
+    assert "l02: 3, no utterances" in page
+    assert "Only a has 7 utterances" in page
+
+
+def test_one_system_without_references(tmp_path: Path) -> None:
+    bare = [replace(result, ref=[]) for result in random_results(4)]
+    files = [write(tmp_path / "results-a.jsonl", random_results(4)), write(tmp_path / "results-b.jsonl", bare)]
+    assert "none of the 4 utterances has a reference" in run(*files, "--output", tmp_path / "report.html")
+
+
 def test_long_tables_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reportsections, "_MOST_ROWS", 3)
     file = write(tmp_path / "results-a.jsonl", random_results(14))
     page = run(file, "--output", tmp_path / "report.html")
-    assert "<th>4 more with fewer errors</th><td>8</td>" in page
+    assert '<th scope="row">4 more with fewer errors</th><td>8</td>' in page
 
 
 @pytest.mark.parametrize(

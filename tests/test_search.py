@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zipformer_crctc.forced_alignment import force_align
-from zipformer_crctc.search import Hypothesis, frame_time, greedy_search
+from zipformer_crctc.search import Hypothesis, NotANumber, frame_time, greedy_search, naming
 
 
 def path_log_probs(paths: list[list[int]], num_pieces: int) -> torch.Tensor:
@@ -83,3 +83,13 @@ def test_wrong_shapes() -> None:
         greedy_search(torch.zeros(2, 5, 4), torch.tensor([5]))
     with pytest.raises(ValueError, match="do not lie within 0 and T' = 5"):
         greedy_search(torch.zeros(2, 5, 4), torch.tensor([5, 6]))
+
+
+def test_nan_can_name_the_utterance() -> None:
+    log_probs = torch.zeros(2, 3, 4)
+    log_probs[1, 2, 0] = float("nan")
+    with pytest.raises(NotANumber) as found:
+        greedy_search(log_probs, torch.tensor([3, 3]))
+    assert (found.value.row, found.value.frame) == (1, 2)
+    with pytest.raises(ValueError, match="utterance b: log_probs: NaN in row 1, frame 2"), naming(["a", "b"]):
+        greedy_search(log_probs, torch.tensor([3, 3]))

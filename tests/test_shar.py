@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import gzip
 import io
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import soundfile
 
 from shar_folder import RATE, cut, flac, tone, write_folder, write_shard
-from zipformer_crctc import shar
+from zipformer_crctc import sharindex
 from zipformer_crctc.shar import DataError, Skipped, Utterance, find_shards, read_shard
 
 
@@ -29,7 +31,7 @@ def audio_of(utterance: Utterance) -> tuple[int, int]:
 
 
 def index_file(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.index" / "000000.json.gz"
+    return folder.parent / f".{folder.name}.index" / "000000.jsonl.gz"
 
 
 def test_reads_all_in_order(tmp_path: Path) -> None:
@@ -71,10 +73,15 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         find_shards(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no shards.*prepare"):
         find_shards(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["recording.000000.tar", "cuts.000000.jsonl.gz"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "train", [1.0])
-    (tmp_path / "train" / "recording.000000.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"recording.000000.tar is empty"):
-        find_shards(tmp_path / "train")
+    (tmp_path / "train" / name).write_bytes(b"")
+    skipped = Skipped()
+    assert read_folder(tmp_path / "train", skipped) == []
+    assert skipped.examples == {"an empty file instead of a shard": [str(tmp_path / "train" / name)]}
 
 
 def test_truncated_manifest(tmp_path: Path) -> None:
@@ -190,7 +197,7 @@ def test_alignment_on_request(tmp_path: Path) -> None:
 def test_index_is_read_instead_of_the_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "train", [1.0] * 3)
     first = read_folder(tmp_path / "train")
-    monkeypatch.setattr(shar, "_scan_tar", lambda *_: pytest.fail("the index was not used"))
+    monkeypatch.setattr(sharindex, "_build", lambda *_: pytest.fail("the index was not used"))
     assert read_folder(tmp_path / "train") == first
 
 
@@ -204,7 +211,7 @@ def test_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
     bad = {
         "truncated": good[:-20],
         "garbage": b"x" * 100,
-        "wrong content": gzip.compress(text.replace('"members": [[', '"members": [["x", 5], [').encode()),
+        "wrong content": gzip.compress(text.rpartition("\n")[0].encode()),
     }
     index.write_bytes(bad[damage])
     assert read_folder(tmp_path / "train") == first
@@ -222,11 +229,64 @@ def test_index_of_a_changed_tar_is_made_again(tmp_path: Path) -> None:
     assert audio_of(second[1]) == (24000, RATE)
 
 
+def test_index_of_a_changed_manifest_is_made_again(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", [1.0] * 2)
+    tar = (tmp_path / "train" / "recording.000000.tar").read_bytes()
+    read_folder(tmp_path / "train")
+    write_shard(tmp_path / "train", 0, [cut("utt-0001", RATE)], [])
+    (tmp_path / "train" / "recording.000000.tar").write_bytes(tar)
+    assert [u.id for u in read_folder(tmp_path / "train")] == ["utt-0001"]
+
+
+def test_index_dir_replaces_the_cache(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", [1.0] * 2)
+    (tmp_path / ".train.index").write_text("not writable")
+    (shard,) = find_shards(tmp_path / "train", tmp_path / "indexes")
+    assert len(list(read_shard(shard))) == 2
+    assert len(list((tmp_path / "indexes").rglob("*.jsonl.gz"))) == 1 and not (tmp_path / "cache").exists()
+
+
+def test_many_processes_make_an_index_at_once(tmp_path: Path) -> None:
+    ids = write_folder(tmp_path / "train", [1.0] * 50, per_shard=50)
+    (shard,) = find_shards(tmp_path / "train")
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: [u.id for u in read_shard(shard)], range(16)))
+    assert read == [ids] * 16
+    assert [path.name for path in index_file(tmp_path / "train").parent.iterdir()] == ["000000.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", ["x" * 150, "pʰã", "a/b/" + "y" * 97, "z" * 300])
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tar_headers_of_all_kinds(tmp_path: Path, name: str, kind: int) -> None:
+    path = tmp_path / "recording.000000.tar"
+    with tarfile.open(path, "w", format=kind) as archive:
+        for member, data in (
+            ("plain.flac", b"a" * 700),
+            (f"{name}.flac", b"bb"),
+            ("last.flac", b"c"),
+            ("d.nodata", b""),
+        ):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    members, complete = sharindex.scan_tar(path)
+    assert complete and [stem for stem, _, _ in members] == ["plain", name, "last", "d"]
+    content = path.read_bytes()
+    assert [content[offset : offset + size] for _, offset, size in members[:3]] == [b"a" * 700, b"bb", b"c"]
+    assert members[3][2] == -1
+
+
+def test_an_id_that_stands_there_twice(tmp_path: Path) -> None:
+    audio = [("a.flac", flac(tone(1.0))), ("a.flac", flac(tone(2.0)))]
+    write_shard(tmp_path, 0, [cut("a", RATE), cut("a", 2 * RATE)], audio)
+    assert [audio_of(u)[0] for u in read_folder(tmp_path)] == [RATE, 2 * RATE]
+
+
 def test_index_goes_to_the_cache_where_the_data_are_read_only(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", [1.0] * 2)
     (tmp_path / ".train.index").write_text("a file where the folder would be, as even root cannot write into it")
     first = read_folder(tmp_path / "train")
-    assert len(list((tmp_path / "cache").rglob("*.json.gz"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.jsonl.gz"))) == 1
     assert read_folder(tmp_path / "train") == first
 
 

@@ -1,4 +1,4 @@
-"""CTM and TextGrid files."""
+"""CTM, TextGrid and SRT files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zipformer_crctc.timefiles import TimedUtterance, ctm, join_marks, textgrid, write_time_files
+from zipformer_crctc.timefiles import TimedUtterance, ctm, join_marks, srt, textgrid, write_time_files
 from zipformer_crctc.times import Segment
 
 SEGMENTS = [
@@ -94,3 +94,16 @@ def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_time_files(tmp_path, "dev", ("ctm",), [UTTERANCE])
     assert [path.name for path in tmp_path.iterdir()] == ["ctm-dev.ctm"]
+
+
+def test_subtitles_end_with_silences_and_before_six_seconds() -> None:
+    spoken = [Segment("a", 0.5 * i, 0.5 * (i + 1), 0.9) for i in range(14)]
+    spoken += [Segment("t", 3661.0, 3661.25, 0.9), Segment("ʰ", 3661.25, 3661.5, 0.9)]
+    entries = srt(TimedUtterance("u", 4000.0, spoken)).split("\n\n")
+    assert entries == [
+        "1\n00:00:00,000 --> 00:00:06,000\n" + " ".join("a" * 12),
+        "2\n00:00:06,000 --> 00:00:07,000\na a",
+        "3\n01:01:01,000 --> 01:01:01,500\ntʰ",
+        "",
+    ]
+    assert srt(TimedUtterance("u", 1.0, [])) == ""

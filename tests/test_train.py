@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from tiny_run import read_metrics, train_flags, write_corpus
 from zipformer_crctc import checkpoint, train
+from zipformer_crctc.commandline import parse_train_args
+from zipformer_crctc.dataconfig import load_data_config
+from zipformer_crctc.distributed import Process
+from zipformer_crctc.preemption import REQUEUE, Preemption
+from zipformer_crctc.resume import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,12 +90,129 @@ def test_resume_goes_on_where_the_checkpoint_was(corpus: Path, finished: Path, t
     assert place == checkpoint.load(finished / "checkpoint-6.pt")["sampler"]
 
 
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "checkpoint-3.pt", tmp_path)
+    (tmp_path / "checkpoint-5.pt").write_bytes(b"damaged")
+    (tmp_path / ".checkpoint-4.pt.77.tmp").write_bytes(b"half-written")
+    train.main(train_flags(corpus, tmp_path, resume="auto", num_workers=2))
+    assert losses(tmp_path) == losses(finished)[3:]
+    assert not (tmp_path / ".checkpoint-4.pt.77.tmp").exists()
+    first, second = (checkpoint.load(folder / "checkpoint-6.pt") for folder in (finished, tmp_path))
+    for part in ("model", "model_avg", "scheduler", "sampler", "rank_states"):
+        assert equal(first[part], second[part]), part
+    assert equal(first["optimizer"]["state"], second["optimizer"]["state"])
+
+
+@pytest.mark.parametrize("states", ["of two ranks", "none, as published"])
+def test_a_checkpoint_without_this_rank_s_random_states_is_good_enough(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: str
+) -> None:
+    payload = checkpoint.load(finished / "checkpoint-3.pt")
+    if states == "of two ranks":
+        payload["rank_states"] *= 2
+    else:
+        for key in ("rank_states", "gradients", "schedule_batch_count", "skipped_steps", "skipped_in_a_row"):
+            del payload[key]
+    checkpoint.save(tmp_path / "checkpoint-3.pt", payload)
+    warnings: list[str] = []
+    monkeypatch.setattr(train.logger, "warning", lambda text, *args: warnings.append(text % args))
+    train.main(train_flags(corpus, tmp_path, resume="auto", num_steps=4, plain_ctc_batches=2, save_every_n=1))
+    assert len(losses(tmp_path)) == 1
+    assert any("random numbers begin anew" in warning for warning in warnings)
+
+
+def test_a_signal_within_mixed_training_and_accumulation_changes_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data.yaml"
+    folder = corpus.parent
+    data.write_text(
+        f"train: [{folder}/train]\nunsup: [{folder}/dev, {folder}/test]\nfilters: {{min_tokens: 1}}\n"
+        "unsup_filters: {min_tokens: 1}\n"
+    )
+    flags = {"use_unsup_cr_ctc": True, "max_duration": 3, "grad_accumulation": 2, "plain_ctc_batches": 0}
+    train.main(train_flags(data, tmp_path / "whole", **flags))
+
+    log = train.Trainer._log
+
+    def log_and_signal(self: train.Trainer, *args: Any) -> None:
+        log(self, *args)
+        if self.progress.batch_idx_train == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(train.Trainer, "_log", log_and_signal)
+    stopped = train_flags(data, tmp_path / "stopped", resume="auto", **flags)
+    with pytest.raises(SystemExit) as ended:
+        train.main(stopped)
+    assert ended.value.code == REQUEUE
+    found = newest_checkpoint(tmp_path / "stopped")
+    assert found is not None and found[0].name == "preempted.pt" and found[1]["batch_idx_train"] == 2
+    train.main(stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    # Batch 3 lies within an accumulation: its gradient is part of the checkpoint.
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "whole" / "checkpoint-3.pt", tmp_path / "again")
+    train.main(train_flags(data, tmp_path / "again", resume="auto", **flags))
+    first, second = (checkpoint.load(tmp_path / name / "checkpoint-6.pt") for name in ("whole", "again"))
+    assert equal(first["model"], second["model"])
+    assert equal(first["sampler"], second["sampler"]) and first["sampler"]["unsup"] is not None
+
+
+def test_a_full_disk_does_not_end_a_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int) -> None:
+        if len(losses(tmp_path)) < 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    train.main(train_flags(corpus, tmp_path, num_steps=4, save_every_n=2))
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint-4.pt"]
+    monkeypatch.setattr(train.checkpoint, "save", lambda *args: full_for_ever())
+    with pytest.raises(train.TrainingStopped, match="disk"):
+        train.main(train_flags(corpus, tmp_path / "full", num_steps=1))
+
+
+def full_for_ever() -> None:
+    raise checkpoint.SaveError("could not be written: look at the disk")
+
+
+def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(train.logger, "info", lambda text, *args: lines.append(text % args))
+    exp_dir = tmp_path / "exp"
+    train.main(train_flags(corpus, exp_dir, dry_run=True, scan_oom=True))
+    assert not exp_dir.exists()
+    told = "\n".join(lines)
+    assert all(words in told for words in ("M parameters", "fit into memory", "batches in an epoch", "s for a step"))
+
+
+def test_the_memory_scan_changes_no_loss(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    train.main(train_flags(corpus, tmp_path, scan_oom=True))
+    assert losses(tmp_path) == losses(finished)
+
+
 def test_epochs_end_and_leave_files(corpus: Path, tmp_path: Path) -> None:
     train.main(train_flags(corpus, tmp_path, num_steps=0, num_epochs=2, save_every_n=100))
     names = {path.name for path in tmp_path.glob("*.pt")}
     assert names == {"epoch-1.pt", "epoch-2.pt", "best-train-loss.pt", "best-valid-loss.pt"}
     train.main(train_flags(corpus, tmp_path, num_steps=0, num_epochs=3, start_epoch=3, save_every_n=100))
     assert (tmp_path / "epoch-3.pt").is_file()
+    with_numbers = losses(tmp_path)
+    (tmp_path / "epoch-3.pt").unlink()
+    train.main(train_flags(corpus, tmp_path, num_steps=0, num_epochs=3, resume="auto", save_every_n=100))
+    assert losses(tmp_path) == with_numbers
 
 
 def test_mixed_training_adds_the_pseudo_labelled_loss(corpus: Path, tmp_path: Path) -> None:
@@ -116,6 +242,37 @@ def test_plain_ctc_and_accumulation(corpus: Path, tmp_path: Path) -> None:
     steps = {state["step"] for state in payload["optimizer"]["state"].values()}
     assert steps == {2}
     assert all(record["cr_loss"] == 0 for record in read_metrics(tmp_path, "train"))
+
+
+def test_gradients_are_exchanged_once_for_each_optimizer_step(corpus: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.yaml"
+    folder = corpus.parent
+    data.write_text(
+        f"train: [{folder}/train]\nunsup: [{folder}/dev]\n"
+        "filters: {min_tokens: 1}\nunsup_filters: {min_tokens: 1}\n"
+    )
+    flags = {"use_unsup_cr_ctc": True, "max_duration": 3, "grad_accumulation": 2, "num_steps": 4}
+    args = parse_train_args(train_flags(data, tmp_path / "run", **flags))
+    exchanges: list[int] = []
+
+    def exchange(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges.append(trainer.progress.batch_idx_train)
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        process = Process(0, 1, torch.device("cpu"))
+        trainer = train.Trainer(args.config, process, load_data_config(data), Preemption())
+        wrapped = DistributedDataParallel(trainer.model, find_unused_parameters=True)  # all of it is one bucket
+        wrapped.register_comm_hook(None, lambda state, bucket: exchange(bucket))
+        trainer.wrapped = wrapped
+        trainer.fit()
+        trainer.close()
+    finally:
+        dist.destroy_process_group()
+    assert exchanges == [2, 4]
 
 
 def test_the_validation_loss_falls(corpus: Path, tmp_path: Path) -> None:
@@ -199,14 +356,16 @@ def test_terminating_a_run_ends_all_its_processes(corpus: Path, tmp_path: Path) 
     try:
         wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(losses(tmp_path)) > 1)
         group.terminate()
-        group.wait(timeout=60)
+        assert group.wait(timeout=120) == REQUEUE
+        assert newest_checkpoint(tmp_path) is not None
+        assert (tmp_path / "preempted.pt").is_file()
         wait_for(lambda: not is_alive(group.pid))
     finally:
         if is_alive(group.pid):
             os.killpg(group.pid, signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -223,7 +382,7 @@ def is_alive(group: int) -> bool:
 
 
 def test_torchrun_starts_it_too(corpus: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29873"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = train_flags(corpus, tmp_path, max_duration=3, num_steps=2)
     script = str(ROOT / "zipformer_crctc" / "train.py")
     done = subprocess.run([*program, script, *flags], capture_output=True, text=True, timeout=300)

@@ -161,7 +161,7 @@ def test_models_that_cannot_be_used(
     Path("text.pt").write_text("no checkpoint")
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     torch.save({"model": _Evil()}, "evil.pt")
-    Path("raw.pt").write_bytes(pickle.dumps(_Evil()))
+    Path("raw.pt").write_bytes(pickle.dumps(_Evil(), protocol=2))
     Path("phones.txt").write_text("a\nb\n")
     small = PhoneTokenizer.from_table("phones.txt")
     write_checkpoint(Path("small.pt"), small, tokenizer=None)
@@ -169,7 +169,7 @@ def test_models_that_cannot_be_used(
     messages = {
         "absent.pt": "no such file or folder",
         "text.pt": "not a checkpoint",
-        "other.pt": "holds a",
+        "other.pt": "not the state dict of a Zipformer model",
         "evil.pt": "refused",
         "raw.pt": "refused",
         "small.pt": "of another vocabulary",
@@ -177,7 +177,7 @@ def test_models_that_cannot_be_used(
     }
     for name, message in messages.items():
         assert run(name, "a.wav") == 2, name
-        assert message in capsys.readouterr().err or name == "other.pt", name
+        assert message in capsys.readouterr().err, name
     assert not Path("evil").exists()
 
 

@@ -99,7 +99,7 @@ def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> N
     """What is held does not grow with the recording: an hour here, silence that is made as it is read."""
 
     class Silence:
-        warning = None
+        warning: str | None = None
         given = 0
 
         def __iter__(self) -> Iterator[np.ndarray]:
@@ -135,9 +135,9 @@ def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(held) <= 2 * 30 * 50 + 30 * 50
 
 
-def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones(tmp_path: Path) -> None:
+def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones() -> None:
     class Broken:
-        warning = None
+        warning: str | None = None
 
         def __iter__(self) -> Iterator[np.ndarray]:
             yield babble(9.0)
@@ -146,15 +146,14 @@ def test_a_recording_that_fails_half_way_gives_a_problem_and_no_phones(tmp_path:
     model = recognizer(window=4.0, overlap=1.0, batch_seconds=1.0)
     other = babble(2.0, 1)
     (result,) = model.transcribe(other)
-    streams: list[Any] = [Broken(), [other]]
-    sources = [Source("bad", "bad.wav", streams[0]), Source("good", "", _Blocks(other))]
+    sources = [Source("bad", "bad.wav", Broken()), Source("good", "", _Blocks(other))]
     bad, good = model.stream(sources)
     assert bad.problem == "torn" and bad.phones == []
     assert good.phones == result.phones
 
 
 class _Blocks:
-    warning = None
+    warning: str | None = None
 
     def __init__(self, samples: np.ndarray) -> None:
         self.samples = samples
@@ -204,3 +203,16 @@ def test_long_and_short_through_a_real_model(tmp_path: Path) -> None:
         assert alone.phones == result.phones
         assert alone.score == pytest.approx(result.score, abs=1e-2)
     assert together[-1].ends[-1] <= 8.0 if together[-1].ends else True
+
+
+def test_a_causal_model_takes_the_widest_chunks_unless_told(tmp_path: Path) -> None:
+    flags = ("--causal", "True", "--chunk-size", "16,32", "--left-context-frames", "64,128")
+    path = write_checkpoint(tmp_path / "causal.pt", flags=flags)
+    model = PhoneRecognizer.from_pretrained(path, device="cpu")
+    assert model.recogniser.config.chunk_size == (32,) and model.recogniser.config.left_context_frames == (128,)
+    told = PhoneRecognizer.from_pretrained(path, device="cpu", chunk_size=16, window=3.0, overlap=0.6)
+    assert told.recogniser.config.chunk_size == (16,)
+    (result,) = told.transcribe(babble(5.0))
+    assert result.problem is None and result.duration == 5.0
+    with pytest.raises(ValueError, match="chunk_size 16: the model is not causal"):
+        PhoneRecognizer.from_pretrained(write_checkpoint(tmp_path / "other.pt"), device="cpu", chunk_size=16)

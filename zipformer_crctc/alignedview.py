@@ -8,7 +8,7 @@ from html import escape
 from zipformer_crctc.metrics import Alignment
 from zipformer_crctc.text import visible
 
-_COLUMNS_IN_A_LINE = 32
+_COLUMNS_IN_A_LINE = 22  # as many as a window of 700 pixels holds
 
 Column = tuple[str | None, ...]
 """The reference phone and the phone of each system in one place; `None` for no phone."""
@@ -54,11 +54,11 @@ def aligned_table(names: Sequence[str], aligned: Sequence[Alignment]) -> str:
         for number, name in enumerate(names, start=1):
             rows.append(_row(name, [_cell(column[0], column[number]) for column in line]))
         tables.append(f'<table class="aligned">{"".join(rows)}</table>')
-    return f'<div class="wide">{"".join(tables)}</div>'
+    return "".join(tables)
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
-    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
 def _reference_cell(ref: str | None) -> str:

@@ -9,14 +9,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 from zipformer_crctc.bootstrap import Interval
+from zipformer_crctc.reportcolours import SYSTEM_COLOURS, colour
 
-SYSTEM_COLOURS = ("#3b6ea8", "#d9822b")
-GROUP_COLOURS = ("#3b6ea8", "#b5543c", "#4f8a4a", "#7d5ba6", "#9a7b1f")
-_INK, _GREY, _GRID = "#222", "#666", "#e3e3e3"
+_INK, _GREY, _LINE = colour("ink"), colour("grey"), colour("line")
 _SHORTEST_AXIS = 1.0  # of rates that are all 0
-_LABEL_LETTERS = 30
+_LABEL_LETTERS = 26
+_BAR_WIDTH = 660  # fits into a window of 700 pixels and on a printed page
+_FIGURES = _BAR_WIDTH - 124.0  # where the figures begin
+_TOP = 42.0  # what title and axis take
+_ROWS_TO_AXIS = 25  # farther away, no figure of the axis is in sight
 
 
 @dataclass(frozen=True)
@@ -48,54 +52,67 @@ class HeatMap:
     column_title: str = ""
 
 
-def bar_chart(bars: Sequence[Bar], title: str, width: int = 880) -> str:
-    """Horizontal bars with whiskers for intervals, and the figures beside them; the axis stands above and below."""
-    num_series = max((len(bar.values) for bar in bars), default=1)
-    thickness = 12 if num_series == 1 else 9
-    row_height = num_series * thickness + 7
-    letters = min(_LABEL_LETTERS, max((len(bar.label) for bar in bars), default=0))
-    left, right, top = 14 + 7.2 * letters, 150.0, 38.0
-    span = width - left - right
-    high = max((v for bar in bars for v in _reach(bar)), default=0.0)
-    ticks = _ticks(high)
-    scale = span / ticks[-1]
-    places, y = [], top
+def bar_chart(bars: Sequence[Bar], title: str) -> str:
+    """Horizontal bars with whiskers for intervals, and the figures beside them.
+
+    Long charts are cut into parts of about 25 rows, each an SVG with an axis of its own, that fit on a printed page.
+    """
+    thickness = 13.0 if max((len(bar.values) for bar in bars), default=1) == 1 else 14.0
+    left = 14 + 7.2 * min(_LABEL_LETTERS, max((len(bar.label) for bar in bars), default=0))
+    ticks = _ticks(max((v for bar in bars for v in _reach(bar)), default=0.0))
+    scale = (_FIGURES - 10 - left) / ticks[-1]
+    marks = [(left + tick * scale, f"{tick:g}") for tick in ticks]
+    num_parts = max(1, round(len(bars) / _ROWS_TO_AXIS))
+    cuts = [part * len(bars) // num_parts for part in range(num_parts + 1)]
+    return "".join(
+        _bars(
+            bars[start:end],
+            title if num_parts == 1 else f"{title}, {part} of {num_parts}",
+            left,
+            thickness,
+            scale,
+            marks,
+        )
+        for part, (start, end) in enumerate(pairwise(cuts), start=1)
+    )
+
+
+def _bars(
+    bars: Sequence[Bar], title: str, left: float, thickness: float, scale: float, marks: Sequence[tuple[float, str]]
+) -> str:
+    """SVG of a part of the rows, with the axis above and below; marks: place and text of each of its ticks."""
+    parts = [_text((left + _FIGURES) / 2, 13, title, anchor="middle", colour=_GREY)]
+    y, rows = _TOP, []
     for bar in bars:
         y += 8 if bar.gap else 0
-        places.append(y)
-        y += row_height
-    height = y + 22
-    parts = [_text(left + span / 2, 13, title, anchor="middle", size=12, colour=_GREY)]
-    for tick in ticks:
-        x = left + tick * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4:.1f}" y2="{y:.1f}" stroke="{_GRID}"/>')
-        parts += [_text(x, at, f"{tick:g}", anchor="middle", size=11, colour=_GREY) for at in (top - 8, y + 14)]
-    for bar, place in zip(bars, places, strict=True):
-        parts.append(_bar_row(bar, place, left, width - right + 8, thickness, scale))
-    return _svg(width, height, parts, title)
+        rows.append(_bar_row(bar, y, left, thickness, scale))
+        y += len(bar.values) * thickness + 8
+    for x, mark in marks:
+        parts += [_text(x, place, mark, anchor="middle", size=11, colour=_GREY) for place in (_TOP - 9, y + 13)]
+        parts.append(_line(x, _TOP - 5, x, y, _LINE))
+    return _svg(_BAR_WIDTH, y + 20, [*parts, *rows], title)
 
 
-def _bar_row(bar: Bar, y: float, left: float, figures: float, thickness: int, scale: float) -> str:
+def _bar_row(bar: Bar, y: float, left: float, thickness: float, scale: float) -> str:
     label = bar.label if len(bar.label) <= _LABEL_LETTERS else bar.label[: _LABEL_LETTERS - 1] + "…"
-    middle = y + len(bar.values) * thickness / 2
-    parts = [_text(left - 8, middle + 4, label, anchor="end")]
+    parts = [_text(left - 8, y + len(bar.values) * thickness / 2 + 4, label, anchor="end")]
     for place, value in enumerate(bar.values):
         interval = bar.intervals[place] if place < len(bar.intervals) else Interval()
         top, centre = y + place * thickness, y + (place + 0.5) * thickness
         if not math.isnan(value):
-            colour = bar.colours[place % len(bar.colours)]
             parts.append(
-                f'<rect x="{left:.1f}" y="{top + 0.5:.1f}" width="{max(0.5, value * scale):.1f}" '
-                f'height="{thickness - 1}" fill="{colour}" fill-opacity="0.82"/>'
+                f'<rect x="{left:.1f}" y="{top + 1:.1f}" width="{max(0.5, value * scale):.1f}" '
+                f'height="{thickness - 2}" fill="{bar.colours[place % len(bar.colours)]}" fill-opacity="0.8"/>'
             )
         if interval.known:
             low, high = left + interval.low * scale, left + interval.high * scale
-            ends = "".join(
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{centre - 3:.1f}" y2="{centre + 3:.1f}"/>' for x in (low, high)
-            )
-            line = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{centre:.1f}" y2="{centre:.1f}"/>'
-            parts.append(f'<g stroke="{_INK}" stroke-width="1.2">{line}{ends}</g>')
-        parts.append(_text(figures, centre + 3.5, _figure(value, interval), size=10.5, colour=_GREY))
+            parts += [_line(x, centre - 3, x, centre + 3, _INK) for x in (low, high)]
+            parts.append(_line(low, centre, high, centre, _INK))
+        figure = "–" if math.isnan(value) else f"{value:.1f}"
+        parts.append(_text(_FIGURES + 32, centre + 4, figure, anchor="end", size=11, colour=_GREY))
+        if interval.known:
+            spread = f"[{interval.low:.1f}, {interval.high:.1f}]"
+            parts.append(_text(_FIGURES + 38, centre + 4, spread, size=11, colour=_GREY))
     note = f"<title>{escape(bar.note)}</title>" if bar.note else ""
     return f"<g>{note}{''.join(parts)}</g>"
 
@@ -103,12 +120,6 @@ def _bar_row(bar: Bar, y: float, left: float, figures: float, thickness: int, sc
 def _reach(bar: Bar) -> list[float]:
     reached = [*bar.values, *(interval.high for interval in bar.intervals)]
     return [value for value in reached if not math.isnan(value)]
-
-
-def _figure(value: float, interval: Interval) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.1f}" + (f"  [{interval.low:.1f}, {interval.high:.1f}]" if interval.known else "")
 
 
 def _ticks(high: float) -> list[float]:
@@ -119,50 +130,55 @@ def _ticks(high: float) -> list[float]:
     return [step * i for i in range(math.ceil(high / step - 1e-9) + 1)]
 
 
-def heat_map(content: HeatMap, cell: int = 19) -> str:
-    """Cells shaded by their share, each with its note for the pointer and, where there is room, its percentage."""
-    left = 26 + 8.0 * max((len(label) for label in content.rows), default=0)
-    top = 26 + 8.0 * max((len(label) for label in content.columns), default=0)
-    width, height = left + cell * len(content.columns) + 8, top + cell * len(content.rows) + 8
+def heat_map(content: HeatMap, title: str, cell: int = 20) -> str:
+    """Cells shaded by their share, each with its note for the pointer and, where there is room, its percentage.
+
+    The names of the rows stand on both sides, those of the columns above and below.
+    """
+    beside, above = (10 + 8.0 * max(map(len, labels), default=0) for labels in (content.rows, content.columns))
+    left, top = 18 + beside, 18 + above
+    right, bottom = left + cell * len(content.columns), top + cell * len(content.rows)
     parts = [
-        _text(left + cell * len(content.columns) / 2, 12, content.column_title, anchor="middle", size=12, colour=_GREY),
-        _text(
-            12, top + cell * len(content.rows) / 2, content.row_title, anchor="middle", size=12, colour=_GREY, turn=-90
-        ),
+        _text((left + right) / 2, 12, content.column_title, anchor="middle", colour=_GREY),
+        _text(12, (top + bottom) / 2, content.row_title, anchor="middle", colour=_GREY, turn=-90),
     ]
     for row, label in enumerate(content.rows):
-        parts.append(_text(left - 6, top + (row + 0.5) * cell + 4.5, label, anchor="end", size=13))
+        y = top + (row + 0.5) * cell + 4.5
+        parts += [_text(left - 6, y, label, anchor="end", size=13), _text(right + 6, y, label, size=13)]
     for column, label in enumerate(content.columns):
         x = left + (column + 0.5) * cell
-        # Single letters stand upright; words are turned.
-        upright = len(label) <= 2
-        place = {"anchor": "middle"} if upright else {"anchor": "start", "turn": -90}
-        parts.append(_text(x if upright else x + 4.5, top - 6, label, size=13, **place))
-    across, down = left + cell * len(content.columns), top + cell * len(content.rows)
+        if len(label) <= 2:  # single letters stand upright; words are turned
+            parts += [_text(x, y, label, anchor="middle", size=13) for y in (top - 6, bottom + 16)]
+        else:
+            parts.append(_text(x + 4.5, top - 6, label, size=13, turn=-90))
+            parts.append(_text(x + 4.5, bottom + 6, label, size=13, anchor="end", turn=-90))
     for row in range(len(content.rows) + 1):
-        y = top + row * cell
-        parts.append(f'<line x1="{left:.1f}" x2="{across:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{_GRID}"/>')
+        parts.append(_line(left, top + row * cell, right, top + row * cell, _LINE))
     for column in range(len(content.columns) + 1):
-        x = left + column * cell
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{down:.1f}" stroke="{_GRID}"/>')
+        parts.append(_line(left + column * cell, top, left + column * cell, bottom, _LINE))
     for (row, column), share in content.shares.items():
         parts.append(_cell(content, row, column, share, left + column * cell, top + row * cell, cell))
-    return _svg(width, height, parts, f"{content.row_title}, {content.column_title}")
+    return _svg(right + beside, bottom + above, parts, title)
 
 
 def _cell(content: HeatMap, row: int, column: int, share: float, x: float, y: float, cell: int) -> str:
+    correct = (row, column) in content.correct
     # Roots of the shares: most confusions are rare, and would all look white.
-    strength = math.sqrt(min(1.0, max(0.0, share)))
-    far = (120, 120, 120) if (row, column) in content.correct else (165, 30, 20)
-    reach = 0.45 if (row, column) in content.correct else 1.0
-    colour = "#" + "".join(f"{round(255 + (part - 255) * strength * reach):02x}" for part in far)
-    note = escape(content.notes.get((row, column), ""))
+    strength = math.sqrt(min(1.0, max(0.0, share))) * (0.45 if correct else 1.0)
+    square = (
+        f'<rect x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{cell - 1}" height="{cell - 1}" '
+        f'fill="{colour("correct" if correct else "wrong")}" fill-opacity="{strength:.2f}"/>'
+    )
     figure = ""
     if share >= 0.005:
-        ink = "#fff" if strength * reach > 0.6 else _INK
-        figure = _text(x + cell / 2, y + cell / 2 + 3, f"{100 * share:.0f}", anchor="middle", size=8.5, colour=ink)
-    square = f'<rect x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{cell - 1}" height="{cell - 1}" fill="{colour}"/>'
+        ink = colour("paper") if strength > 0.6 else _INK
+        figure = _text(x + cell / 2, y + cell / 2 + 3.5, f"{100 * share:.0f}", anchor="middle", size=9.5, colour=ink)
+    note = escape(content.notes.get((row, column), ""))
     return f"<g><title>{note}</title>{square}{figure}</g>"
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, stroke: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}"/>'
 
 
 def _text(

@@ -1,17 +1,21 @@
 """Checkpoint files: written atomically, read safely, chosen and averaged for decoding.
 
 A training checkpoint is a dict with the published keys (``model``, ``model_avg``, ``optimizer``, ``scheduler``,
-``grad_scaler``, ``sampler`` and every run parameter beside them) and two of ours, ``config`` and ``tokenizer``.
+``grad_scaler``, ``sampler`` and every run parameter beside them) and four of ours: ``config``, ``tokenizer``,
+``rank_states`` (what differs from rank to rank, such as random generators) and ``gradients`` (those of an accumulation
+that is under way).
 A published averaged model is a bare state dict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -23,7 +27,10 @@ from zipformer_crctc.averaging import mean_of_states, range_average
 
 State = dict[str, Tensor]
 
-STATE_KEYS = ("model", "model_avg", "optimizer", "scheduler", "grad_scaler", "sampler", "config", "tokenizer")
+STATE_KEYS = (
+    *("model", "model_avg", "optimizer", "scheduler", "grad_scaler", "sampler", "config", "tokenizer"),
+    *("gradients", "rank_states"),
+)
 """Keys that are not run parameters."""
 
 PATH_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -43,6 +50,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, unreadable, unsafe or of another model."""
 
 
+class SaveError(OSError):
+    """A checkpoint that could not be written; what was there before is there still."""
+
+
 def make_payload(
     model: Mapping[str, Tensor],
     *,
@@ -54,6 +65,8 @@ def make_payload(
     scheduler: Mapping[str, Any] | None = None,
     grad_scaler: Mapping[str, Any] | None = None,
     sampler: Mapping[str, Any] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    rank_states: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A training checkpoint with the published keys.
 
@@ -64,6 +77,8 @@ def make_payload(
         tokenizer: the bytes of the sentencepiece model.
         model_avg: running average, in float64.
         optimizer, scheduler, grad_scaler, sampler: their state dicts, where there are any.
+        gradients: means over the ranks, where an accumulation is under way.
+        rank_states: for each rank what is its own.
     """
     if taken := sorted(set(params) & set(STATE_KEYS)):
         raise ValueError(f"run parameters {taken} have the names of other parts of a checkpoint: rename them")
@@ -75,13 +90,19 @@ def make_payload(
         "scheduler": scheduler,
         "grad_scaler": grad_scaler or {},
         "sampler": sampler,
+        "gradients": gradients,
+        "rank_states": rank_states,
         "config": config,
         "tokenizer": tokenizer,
     }
 
 
 def save(path: str | Path, payload: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the file is complete or not there at all, whenever the process or the machine dies."""
+    """Write a checkpoint; the file is complete or not there at all, whenever the process or the machine dies.
+
+    Raises:
+        SaveError: the disk is full or cannot be written to; an older file of this name stays as it was.
+    """
     _replace(Path(path), lambda file: torch.save(dict(payload), file))
 
 
@@ -92,16 +113,20 @@ def copy(source: str | Path, target: str | Path) -> None:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer makes RuntimeErrors of what the file system says
+        first_line = str(error).splitlines()[0]
+        raise SaveError(f"{path} could not be written ({first_line}): make room or look at the disk") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename last, too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -110,8 +135,20 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.close(folder)
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def remove_stale(exp_dir: Path) -> list[Path]:
+    """Delete what ``save`` left behind when its process was killed in the middle; returns those deleted."""
+    stale = list(exp_dir.glob(".*.pt.*.tmp"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running code from it: tensors, plain values and paths only.
+
+    Args:
+        path: of the file.
+        mmap: leave the tensors on the disk until they are used, to look at the rest only.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, or it holds anything else.
@@ -123,7 +160,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint; its folder holds: {_listing(path.parent)}")
     try:
         with torch.serialization.safe_globals(PATH_GLOBALS):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -131,6 +168,21 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not a checkpoint; name another file")
     return dict(payload)
+
+
+def verify(path: Path) -> None:
+    """Compare the check sums in a checkpoint with its content, which ``load`` does not do for tensors.
+
+    Raises:
+        CheckpointError: a byte has changed since the file was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged, the check sum of {damaged} is wrong; use another checkpoint")
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zipformer_crctc.config import BEAM_SEARCH, GREEDY_SEARCH, STACK_FIELDS, Config, DataConfig, DecodeConfig
+from zipformer_crctc.config import (
+    BEAM_SEARCH,
+    BEST_PATH,
+    GREEDY_SEARCH,
+    NBEST,
+    STACK_FIELDS,
+    Config,
+    DataConfig,
+    DecodeConfig,
+)
 from zipformer_crctc.flags import flag_name, format_value, raise_if_any
 
 # Bounds of a number or of each item of a list. A time mask ratio above 6 would ask for most of the frames.
@@ -21,6 +31,7 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches", "speed_perturbation"), 0),
     **dict.fromkeys(("lm_weight", "top_tokens", "blank_skip"), 0),
     "nbest": 1,
+    "num_paths": 1,
     "beam": 4,
 }
 AT_MOST = {
@@ -31,11 +42,16 @@ AT_MOST = {
     "beam": 64,
     "blank_skip": 1,
 }
-POSITIVE = ("warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration")
+POSITIVE = (
+    *("nbest_scale", "quadratic_duration", "warmup_batches", "base_lr", "lr_batches", "lr_epochs", "ref_duration"),
+    "process_timeout",
+)
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
+    "fbank_device": ("workers", "model"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "input_strategy": ("AudioSamples",),
+    "resume": ("no", "auto"),
 }
 # Values whose feature is not there yet: (field, value) -> sentence.
 UNSUPPORTED = {
@@ -46,14 +62,13 @@ UNSUPPORTED = {
 }
 SEARCH_FIELDS = (
     *("decoding_method", "beam", "nbest", "lm", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip"),
-    *("inventory", "blank_penalty"),
+    *("inventory", "blank_penalty", "num_paths", "nbest_scale"),
 )
 """Fields of DecodeConfig that set the search."""
 OUTPUT_FORMATS = ("jsonl", "ctm", "textgrid", "srt")
-LATTICE_METHODS = (
-    "ctc-decoding",
+METHODS = (GREEDY_SEARCH, BEAM_SEARCH, BEST_PATH, NBEST)
+LEXICON_METHODS = (
     "1best",
-    "nbest",
     "nbest-rescoring",
     "whole-lattice-rescoring",
     "nbest-oracle",
@@ -181,6 +196,8 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
         )
     if values["num_steps"] and values["start_batch"] >= values["num_steps"]:
         yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
+    if values["resume"] == "auto" and (values["start_batch"] > 0 or values["start_epoch"] > 1):
+        yield "--resume auto: finds the checkpoint itself; leave out --start-batch and --start-epoch, or --resume."
     if values["precision"] in ("bf16", "fp16") and values["device"] == "cpu":
         yield f"--precision {values['precision']}: a CPU trains in fp32; give fp32 or auto, or --device cuda."
 
@@ -194,15 +211,23 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
         if name not in OUTPUT_FORMATS
     ]
     method = config.decoding_method
-    if method in LATTICE_METHODS:
+    if method in LEXICON_METHODS:
         problems.append(
-            f"--decoding-method {method}: needs k2 lattices, not there yet; give {GREEDY_SEARCH} or {BEAM_SEARCH}."
+            f"--decoding-method {method}: needs a graph of a lexicon or a second decoder, which phone recognition here "
+            f"does without; give one of {', '.join(METHODS)}; {BEAM_SEARCH} takes a language model, --lm."
         )
-    elif method not in (GREEDY_SEARCH, BEAM_SEARCH):
-        problems.append(f"--decoding-method {method}: unknown; give {GREEDY_SEARCH} or {BEAM_SEARCH}.")
-    if method == GREEDY_SEARCH and config.lm is not None:
-        problems.append(f"--lm {config.lm}: {GREEDY_SEARCH} takes none; give --decoding-method {BEAM_SEARCH}.")
-    if config.nbest > config.beam:
+    elif method not in METHODS:
+        problems.append(f"--decoding-method {method}: unknown; give one of {', '.join(METHODS)}.")
+    elif method in (BEST_PATH, NBEST) and importlib.util.find_spec("k2") is None:
+        problems.append(
+            f"--decoding-method {method}: needs the package k2, which is not installed; install a wheel of it that was "
+            f"built for your PyTorch, or give {BEAM_SEARCH}."
+        )
+    if method != BEAM_SEARCH and config.lm is not None:
+        problems.append(f"--lm {config.lm}: {method} takes none; give --decoding-method {BEAM_SEARCH}.")
+    if method == NBEST and config.nbest > config.num_paths:
+        problems.append(f"--nbest {config.nbest}: must not be above --num-paths {config.num_paths}; raise that one.")
+    if method == BEAM_SEARCH and config.nbest > config.beam:
         problems.append(
             f"--nbest {config.nbest}: must not be above --beam {config.beam}; raise the one or lower the other."
         )

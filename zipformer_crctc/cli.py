@@ -19,7 +19,12 @@ PROGRAMS = {
     "train": "train a model",
     "report": "a page of scores from the results of decode",
     "time_errors": "errors of times against known ones",
+    "tune_search": "weights of the language model on dev data",
+    "pseudo_label": "labels for untranscribed shards by several models",
+    "export_onnx": "ONNX files, for sherpa-onnx and others",
+    "save_pretrained": "a folder for transformers",
 }
+ALIASES = {"export": "export_onnx"}
 """The programs that are modules of this package, and what they do."""
 PREPARE = "prepare"
 PREPARE_SCRIPT = Path(__file__).resolve().parents[1] / "prepare.sh"
@@ -30,8 +35,9 @@ EXTRAS = {
     "tensorboard": "train",
     "onnxruntime": "onnx",
     "onnx": "onnx",
-    "gradio": "demo",
     "safetensors": "hf",
+    "transformers": "hf",
+    "huggingface_hub": "hf",
     "k2": "k2",
 }
 """The extra of this package that brings what a program found missing."""
@@ -44,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     name, flags = given[0].replace("-", "_"), given[1:]
+    name = ALIASES.get(name, name)
     if name == PREPARE:
         _prepare(flags)
     elif name in PROGRAMS:
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def usage() -> str:
     """The list of programs."""
     rows = {**PROGRAMS, PREPARE: "prepare data (prepare.sh; in a checkout of the project only)"}
-    lines = [f"  {name:<12} {what}" for name, what in rows.items()]
+    lines = [f"  {name:<15} {what}" for name, what in rows.items()]
     return "\n".join(["usage: zipa PROGRAM FLAGS; zipa PROGRAM --help lists the flags", "", *lines])
 
 

@@ -21,6 +21,7 @@ from zipformer_crctc.checks import check_config, check_decode, check_decode_chun
 from zipformer_crctc.config import (
     BEAM_SEARCH,
     GREEDY_SEARCH,
+    NBEST,
     Config,
     DataConfig,
     DecodeConfig,
@@ -84,15 +85,11 @@ class InertDecoding:
     """Decoding flags of methods that are not there."""
 
     lang_dir: str | None = None
-    """Only decoding with a lattice uses it, which is not there yet."""
+    """Only decoding with a lexicon uses it, which is not there."""
     lm_dir: str | None = None
-    """Only decoding with a lattice uses it, which is not there yet; --lm takes an n-gram model of phones."""
-    num_paths: int | None = None
-    """Only decoding with a lattice uses it, which is not there yet; --nbest lists hypotheses of the beam search."""
-    nbest_scale: float | None = None
-    """Only decoding with a lattice uses it, which is not there yet."""
+    """Only decoding with a lexicon uses it, which is not there; --lm takes an n-gram model of phones."""
     hlg_scale: float | None = None
-    """Only decoding with a lattice uses it, which is not there yet."""
+    """Only decoding with a lexicon uses it, which is not there."""
 
 
 # Flags that act only while another one has the value given here.
@@ -114,10 +111,11 @@ IDLE_UNLESS: dict[str, tuple[str, Any]] = {
 # Data flags that are about training batches only.
 TRAINING_DATA = (
     *("full_libri", "subset", "bucketing_sampler", "num_buckets", "concatenate_cuts", "duration_factor", "gap"),
-    *("shuffle", "drop_last", "enable_spec_aug", "spec_aug_time_warp_factor"),
+    *("quadratic_duration", "fbank_device", "shuffle", "drop_last", "enable_spec_aug", "spec_aug_time_warp_factor"),
 )
 # Decoding flags of the beam search.
-BEAM_FLAGS = ("beam", "nbest", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip")
+BEAM_FLAGS = ("beam", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip")
+LATTICE_NBEST_FLAGS = ("num_paths", "nbest_scale")
 # Model flags that may differ from the checkpoint when decoding.
 FREE_AT_DECODING = ("chunk_size", "left_context_frames", "use_cr_ctc", "use_unsup_cr_ctc", "warmup_batches")
 
@@ -264,12 +262,18 @@ def parse_decode_args(
 
 def search_warnings(config: DecodeConfig, given: Collection[str]) -> list[str]:
     """A sentence for each search flag among those given that has no effect in this search."""
+    warnings = []
     if config.decoding_method != BEAM_SEARCH:
         without = f"has no effect without --decoding-method {BEAM_SEARCH}."
-        return [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in given]
-    if "lm_weight" in given and config.lm is None:
-        return ["--lm-weight has no effect without --lm."]
-    return []
+        warnings += [f"{flag_name(name)} {without}" for name in BEAM_FLAGS if name in given]
+    elif "lm_weight" in given and config.lm is None:
+        warnings.append("--lm-weight has no effect without --lm.")
+    if config.decoding_method not in (BEAM_SEARCH, NBEST) and "nbest" in given:
+        warnings.append(f"--nbest has no effect without --decoding-method {BEAM_SEARCH} or {NBEST}.")
+    if config.decoding_method != NBEST:
+        without = f"has no effect without --decoding-method {NBEST}."
+        warnings += [f"{flag_name(name)} {without}" for name in LATTICE_NBEST_FLAGS if name in given]
+    return warnings
 
 
 def resolve_model(stored: ModelConfig, given: Mapping[str, Any]) -> ModelConfig:

@@ -14,14 +14,23 @@ from zipformer_crctc.scoring import ScoredSet, rates
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """System B against system A on the utterances that both have."""
+class Change:
+    """The rates of A and of B on the same utterances."""
 
     utterances: int
     rates: tuple[tuple[float, ...], tuple[float, ...]]
     """The `RATES` of A and of B."""
     differences: tuple[Difference, ...]
     """B less A, for each of the `RATES`; below 0 where B is better."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """System B against system A on the utterances that both have."""
+
+    total: Change
+    languages: dict[str, Change]
+    """By the language that A names; "" is the language without a name."""
     only: tuple[list[tuple[str, str]], list[tuple[str, str]]]
     """Corpus and id of scored utterances that only A has, and only B."""
     common: tuple[list[int], list[int]]
@@ -48,38 +57,30 @@ def compare(a: ScoredSet, b: ScoredSet, seed: int = 0) -> Comparison:
                 f"utterance {key[1]}: the two systems were scored against different references, "
                 f"{' '.join(a.results[i].ref)!r} and {' '.join(b.results[j].ref)!r}; decode both in the same way"
             )
-    columns = a.columns[rows[0]], b.columns[rows[1]]
-    before, after = (_floats(rates(c.sum(axis=0))) for c in columns)
+    before, after = a.columns[rows[0]], b.columns[rows[1]]
+    languages = group_by(range(len(common)), lambda place: a.results[rows[0][place]].language)
     return Comparison(
-        utterances=len(common),
-        rates=(before, after),
-        differences=_differences(*columns, seed),
+        total=_change(before, after, seed),
+        languages={name: _change(before[members], after[members], seed) for name, members in languages.items()},
         only=(_missing(places[0], places[1], a), _missing(places[1], places[0], b)),
         common=rows,
     )
 
 
-def compare_languages(
-    a: ScoredSet, b: ScoredSet, found: Comparison, seed: int = 0
-) -> dict[str, tuple[Difference, ...]]:
-    """The differences by language, for the common utterances of a comparison; "" is the language without a name."""
-    pairs = list(zip(*found.common, strict=True))
-    groups = group_by(pairs, lambda pair: a.results[pair[0]].language)
-    return {
-        language: _differences(a.columns[[i for i, _ in members]], b.columns[[j for _, j in members]], seed)
-        for language, members in groups.items()
-    }
-
-
-def _differences(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) -> tuple[Difference, ...]:
-    """Differences of the `RATES` between paired rows of columns."""
-    values = rates(after.sum(axis=0)) - rates(before.sum(axis=0))
+def _change(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) -> Change:
+    """The change from one row of columns to another, for each of the paired rows."""
+    pair = [rates(columns.sum(axis=0)) for columns in (before, after)]
     sums = resampled_sums(np.concatenate([before, after], axis=1), seed=seed)
     width = before.shape[1]
     resampled = rates(sums[:, width:]) - rates(sums[:, :width])
     if len(before) < 2:  # a single utterance has no spread
         resampled = np.full_like(resampled, np.nan)
-    return tuple(difference(float(value), column) for value, column in zip(values, resampled.T, strict=True))
+    changes = zip(pair[1] - pair[0], resampled.T, strict=True)
+    return Change(
+        utterances=len(before),
+        rates=(tuple(pair[0].tolist()), tuple(pair[1].tolist())),
+        differences=tuple(difference(float(value), column) for value, column in changes),
+    )
 
 
 def _places(scored: ScoredSet, by_id: bool) -> dict[tuple[str, str], int]:
@@ -94,7 +95,3 @@ def _places(scored: ScoredSet, by_id: bool) -> dict[tuple[str, str], int]:
 
 def _missing(here: dict[Any, int], there: dict[Any, int], scored: ScoredSet) -> list[tuple[str, str]]:
     return [scored.keys[position] for key, position in here.items() if key not in there]
-
-
-def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

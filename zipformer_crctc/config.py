@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 GREEDY_SEARCH, BEAM_SEARCH = "ctc-greedy-search", "ctc-prefix-beam-search"
-"""Decoding methods."""
+BEST_PATH, NBEST = "ctc-decoding", "nbest"
+"""Decoding methods; the last two with k2."""
 STACK_FIELDS = (
     "num_encoder_layers",
     "downsampling_factor",
@@ -129,6 +130,8 @@ class DataConfig:
     """Share of the shards of each training set in percent, 25, 50 or 75; giving it implies --full-libri False."""
     max_duration: int = 600
     """Audio per batch and process in seconds: longest utterance times number of utterances."""
+    quadratic_duration: float | None = None
+    """Count an utterance of d seconds as d + d * d / this towards --max-duration; 15 to 40 evens out memory."""
     bucketing_sampler: bool = True
     """Batches of utterances of similar duration; False: utterances as they come."""
     num_buckets: int = 10
@@ -143,8 +146,12 @@ class DataConfig:
     """Another order of the training utterances in each epoch, given by --seed."""
     drop_last: bool = True
     """Leave out the incomplete last batch of training."""
+    index_dir: Path | None = None
+    """Folder for the indexes of shards beside which nothing can be written; without it one in the user's cache."""
     num_workers: int = 4
     """Processes that read data, for each training or decoding process; 0 reads in the main one."""
+    fbank_device: str = "workers"
+    """Where training features are computed: workers (the processes that read), or model (its device, in batches)."""
     speed_perturbation: float = 0.0
     """Train on each utterance at a speed drawn from [1 - this, 1 + this]; 0.1 helps small corpora."""
     enable_spec_aug: bool = False
@@ -171,6 +178,8 @@ class TrainConfig:
     """Half precision on a GPU: bfloat16 unless --precision fp16."""
     num_threads: int = 0
     """CPU threads of a process; 0 leaves the choice to PyTorch."""
+    process_timeout: float = 600.0
+    """Seconds that processes wait for one that is gone before they end too; more than it takes to save a checkpoint."""
     exp_dir: Path = Path("zipformer/exp")
     """Folder for checkpoints and logs."""
     seed: int = 42
@@ -179,6 +188,9 @@ class TrainConfig:
     """Last epoch, counted from 1."""
     num_steps: int = 0
     """End the run after this many batches, whatever the epoch; 0 ends it by --num-epochs."""
+    resume: str = "no"
+    """auto: go on from the newest checkpoint of --exp-dir that can be loaded, or begin where there is none; no: do as
+    --start-batch and --start-epoch say."""
     start_epoch: int = 1
     """Resume from epoch-{this - 1}.pt if above 1."""
     start_batch: int = 0
@@ -219,6 +231,10 @@ class TrainConfig:
     """Batches between log lines."""
     valid_interval: int = 3000
     """Batches between validations."""
+    scan_oom: bool = False
+    """Before training, try the largest batches of an epoch (of each length), to see whether they fit into memory."""
+    dry_run: bool = False
+    """Tell the size of the model, batches in an epoch, memory and time for a step, after a few; write nothing."""
     inf_check: bool = False
     """Report the modules whose outputs or gradients are infinite; slow."""
     tensorboard: bool = True
@@ -255,11 +271,16 @@ class DecodeConfig:
     """Folder of the checkpoints; results go to a folder in it named after the decoding method."""
     decoding_method: str = GREEDY_SEARCH
     """ctc-greedy-search: the best symbol of each frame, repeats merged, blanks dropped; ctc-prefix-beam-search: the
-    best phone strings by the sum over their alignments, if wished with a language model."""
+    best phone strings by the sum over their alignments, if wished with a language model; ctc-decoding, nbest: the best
+    path through a k2 lattice, or the best strings among random paths of it."""
     beam: int = 16
     """Beam search: hypotheses kept per utterance, 4 to 64."""
     nbest: int = 1
-    """Beam search: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
+    """Beam search and nbest: hypotheses per utterance in the JSON lines, with their scores; at most --beam."""
+    num_paths: int = 100
+    """nbest: random paths drawn from each lattice."""
+    nbest_scale: float = 1.0
+    """nbest: factor of the log-probabilities while drawing; below 1 for more different paths."""
     lm: Path | None = None
     """Beam search: n-gram phone language model, an ARPA file (.gz too), e.g. of local/train_phone_lm.py."""
     lm_weight: float = 0.3
@@ -313,7 +334,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(data: Mapping[str, Any]) -> Config:
     """The Config that ``config_to_dict`` wrote.
 
-    Raises ConfigError that names every unknown, missing or malformed field. A published checkpoint holds its flags
+    A field that is missing was added since; its default is what was done before. Raises ConfigError that names every
+    unknown or malformed field. A published checkpoint holds its flags
     flat and without a section: use ``model_from_published`` there.
     """
     sections: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}

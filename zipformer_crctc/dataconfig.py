@@ -1,25 +1,29 @@
 """Which folders are trained on, validated on and scored: a small YAML file, read and written here.
 
-    train: [train]                    # folders of shar shards, or a list of them
+    train: [train]                    # folders of shar shards; with a weight: {folder: train, weight: 2.5}
     dev:   {espeak-dev: dev}          # name of the set: its folder
     test:  {espeak-test: test}
     unsup: []                         # pseudo-labelled shards, for --use-unsup-cr-ctc
     filters: {min_duration: 0.5}      # optional limits of the train sets: the fields of filters.FilterLimits
     unsup_filters: {frame_share: 0.8} # the same for the pseudo-labelled sets
 
-Relative folders are relative to the YAML file, so a prepared corpus can be moved as a whole. All keys are optional;
-limits that are not given are the published ones. Sets that are scored (dev, test) are never filtered.
+A weight says how often the utterances of a train or unsup folder come in an epoch on average; without one, once. A JSON
+or YAML file in place of a folder lists remote shards (see ``remote``). Relative folders are relative to the YAML file,
+so a prepared corpus can be moved as a whole. All keys are optional; limits that are not given are the published ones.
+Sets that are scored (dev, test) are never filtered.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zipformer_crctc.filters import PSEUDO_LABEL_LIMITS, FilterLimits
+from zipformer_crctc.remote import LIST_SUFFIXES
 
 DEFAULT_DATA_CONFIG = Path("data/shar.yaml")
 """Read when no data config is given; prepare.sh writes it."""
@@ -45,6 +49,8 @@ class DataSets:
     unsup: list[Path] = field(default_factory=list)
     filters: FilterLimits = field(default_factory=FilterLimits)
     unsup_filters: FilterLimits = PSEUDO_LABEL_LIMITS
+    weights: dict[Path, float] = field(default_factory=dict)
+    """of the folders under train and unsup that have one"""
     source: Path | None = None
     """the file it was read from, for error messages"""
 
@@ -79,13 +85,15 @@ def load_data_config(path: str | Path | None = None) -> DataSets:
     keys = ("train", "dev", "test", "unsup", "filters", "unsup_filters")
     problems += [f"unknown key {key!r} (known: {', '.join(keys)})" for key in content if key not in keys]
     base = file.parent
+    weights: dict[Path, float] = {}
     sets = DataSets(
-        train=_folder_list(content, "train", base, problems),
+        train=_folder_list(content, "train", base, problems, weights),
         dev=_named_folders(content, "dev", base, problems),
         test=_named_folders(content, "test", base, problems),
-        unsup=_folder_list(content, "unsup", base, problems),
+        unsup=_folder_list(content, "unsup", base, problems, weights),
         filters=_filters(content, "filters", FilterLimits(), problems),
         unsup_filters=_filters(content, "unsup_filters", PSEUDO_LABEL_LIMITS, problems),
+        weights=weights,
         source=file,
     )
     _check_leaks(sets, problems)
@@ -102,11 +110,14 @@ def write_data_config(path: Path, sets: DataSets, comment: str = "") -> None:
         absolute = folder.resolve()
         return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else str(absolute)
 
+    def weighted(folder: Path) -> str | dict[str, Any]:
+        return {"folder": shown(folder), "weight": sets.weights[folder]} if folder in sets.weights else shown(folder)
+
     content: dict[str, Any] = {
-        "train": [shown(folder) for folder in sets.train],
+        "train": [weighted(folder) for folder in sets.train],
         "dev": {name: shown(folder) for name, folder in sets.dev.items()},
         "test": {name: shown(folder) for name, folder in sets.test.items()},
-        "unsup": [shown(folder) for folder in sets.unsup],
+        "unsup": [weighted(folder) for folder in sets.unsup],
         "filters": dataclasses.asdict(sets.filters),
         "unsup_filters": dataclasses.asdict(sets.unsup_filters),
     }
@@ -124,20 +135,37 @@ def _folder(value: object, where: str, base: Path, problems: list[str]) -> Path 
         problems.append(f"{where}: {value!r} is no folder name")
         return None
     folder = base / Path(value).expanduser()
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix in LIST_SUFFIXES):
         problems.append(f"{where}: folder {folder} does not exist: make it with {HOW_TO_MAKE}, or correct the path")
         return None
     return folder
 
 
-def _folder_list(content: Mapping[str, Any], key: str, base: Path, problems: list[str]) -> list[Path]:
+def _folder_list(
+    content: Mapping[str, Any], key: str, base: Path, problems: list[str], weights: dict[Path, float]
+) -> list[Path]:
     value = content.get(key)
-    values = [] if value is None else [value] if isinstance(value, str) else value
+    values = [] if value is None else [value] if isinstance(value, str | dict) else value
     if not isinstance(values, list):
         problems.append(f"{key}: {value!r} is no list of folders")
         return []
-    folders = [_folder(item, key, base, problems) for item in values]
-    return [folder for folder in folders if folder is not None]
+    folders = []
+    for item in values:
+        weight: Any = None
+        if isinstance(item, dict):
+            if set(item) != {"folder", "weight"}:
+                problems.append(f"{key}: {item!r}: a folder with a weight has the two keys folder and weight")
+                continue
+            item, weight = item["folder"], item["weight"]
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                problems.append(f"{key}: {item}: weight {weight!r} is no number above 0")
+                continue
+        folder = _folder(item, key, base, problems)
+        if folder is not None:
+            folders.append(folder)
+            if weight is not None:
+                weights[folder] = float(weight)
+    return folders
 
 
 def _named_folders(content: Mapping[str, Any], key: str, base: Path, problems: list[str]) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from zipformer_crctc.loader import BatchLoader
 from zipformer_crctc.methods import Search, build_search, search_suffix
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser, result_suffix
 from zipformer_crctc.results import UtteranceResult, write_atomically, write_results
+from zipformer_crctc.search import naming
 from zipformer_crctc.table import score_table
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
 from zipformer_crctc.timefiles import TimedUtterance, write_time_files
@@ -89,7 +90,8 @@ def decode_set(
         if batch.is_empty:
             continue
         log_probs, lengths = recogniser.log_probs(batch)
-        found = search(log_probs, lengths)
+        with naming([utterance.id for utterance in batch.utterances]):
+            found = search(log_probs, lengths)
         best = [hypotheses[0] for hypotheses in found]
         durations = [utterance.duration for utterance in batch.utterances]
         segments = hypothesis_segments(log_probs, lengths, best, durations, tokenizer, factor, correction)

@@ -6,18 +6,36 @@ environment variables RANK, LOCAL_RANK and WORLD_SIZE.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+from zipformer_crctc.preemption import REQUEUE, SIGNALS
+
+logger = logging.getLogger(__name__)
+
+DEATH_GRACE = 30
+"""Seconds after the end of a process that failed until the others on its machine are killed."""
+
+
+class ProcessDied(RuntimeError):
+    """One of the processes that train together failed; the text names it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,21 @@ class Process:
         total = x.clone()
         dist.all_reduce(total)
         return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, plain data or tensors on the CPU, by rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on all processes."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -67,8 +100,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 def launch(run: Callable[..., None], world_size: int, master_port: int, *args: Any) -> None:
     """Call run(process rank, *args) in `world_size` processes; under torchrun, in this one.
 
+    SIGTERM and SIGUSR1 are passed on to the processes. Exits with REQUEUE if that ended them.
+
     Raises:
         ValueError: torchrun and --world-size disagree.
+        ProcessDied: one of several processes failed.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         there = int(os.environ["WORLD_SIZE"])
@@ -80,20 +116,75 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
     else:
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ["MASTER_PORT"] = str(master_port)
-        # As an exception, the signal lets the processes be ended too.
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        context = mp.spawn(run, args=(world_size, *args), nprocs=world_size, join=False)
+        received: list[int] = []
+        processes: list[BaseProcess] = []
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            for process in processes:
+                if process.pid is not None and process.exitcode is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, number)
+
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         try:
-            while not context.join():
-                pass
+            context = mp.spawn(_call, args=(run, world_size, *args), nprocs=world_size, join=False)
+            processes += context.processes
+            for number in received[:1]:  # it came before there was a process to pass it on to
+                pass_on(number, None)
+            _watch(processes, asked_to_end=received)
         finally:
-            for process in context.processes:
-                process.terminate()
-            signal.signal(signal.SIGTERM, before)
+            for process in processes:
+                process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _call(rank: int, run: Callable[..., None], *args: Any) -> None:
+    """In the new process: tell what went wrong here, where it is known best."""
+    # spawn lets a process have SIGINT when its parent dies; in background jobs of a shell that would be ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        run(rank, *args)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def _watch(processes: Sequence[BaseProcess], asked_to_end: Sequence[int]) -> None:
+    """Wait for the end of all processes; where one fails, the others get DEATH_GRACE seconds."""
+    first, deadline = "", math.inf
+    while alive := [process for process in processes if process.is_alive()]:
+        connection.wait([process.sentinel for process in alive], timeout=1.0)
+        if not first and (first := _failure(processes)):
+            logger.error("%s; the other processes have %d s to end", first, DEATH_GRACE)
+            deadline = time.monotonic() + DEATH_GRACE
+        if time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
+    codes = {process.exitcode for process in processes}
+    # A process that had no handler yet dies of the signal itself, and perhaps takes others along: no harm is done.
+    if (REQUEUE in codes and codes <= {0, REQUEUE}) or (asked_to_end and any((code or 0) < 0 for code in codes)):
+        sys.exit(REQUEUE)
+    if failure := first or _failure(processes):
+        raise ProcessDied(f"{failure}, so training has ended; its last checkpoint is whole: --resume auto goes on")
+
+
+def _failure(processes: Sequence[BaseProcess]) -> str:
+    """Names the processes that failed; empty if none has."""
+    parts = []
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0:
+            parts.append(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-process.exitcode).name}")
+        elif process.exitcode not in (None, 0, REQUEUE):
+            parts.append(f"rank {rank} (process {process.pid}) failed with status {process.exitcode}")
+    return ", ".join(parts)
 
 
 @contextmanager
-def process_group(rank: int, world_size: int, device: str, num_threads: int) -> Iterator[Process]:
+def process_group(
+    rank: int, world_size: int, device: str, num_threads: int, timeout: float = 600.0
+) -> Iterator[Process]:
     """Join the other processes, and leave them at the end.
 
     Args:
@@ -101,6 +192,7 @@ def process_group(rank: int, world_size: int, device: str, num_threads: int) -> 
         world_size: number of processes.
         device: "auto", "cpu" or "cuda".
         num_threads: CPU threads of this process; 0 gives each process on a CPU an equal share of the cores.
+        timeout: seconds after which an exchange that some process does not come to fails on the others.
     """
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", rank)))
     if num_threads == 0 and place.type == "cpu" and world_size > 1:
@@ -110,7 +202,12 @@ def process_group(rank: int, world_size: int, device: str, num_threads: int) -> 
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world_size > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
     try:
         yield Process(rank, world_size, place)
     finally:

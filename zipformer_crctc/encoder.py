@@ -208,6 +208,9 @@ class Zipformer(nn.Module):
 
         Returns:
             (ceil(T / output factor), N, max encoder_dim) and the lengths at that rate.
+
+        Raises:
+            ValueError: isolate for a causal model, whose last chunk would end with the longest utterance.
         """
         ends = lengths if isolate else None
         outputs = self.stack_outputs(x, key_padding_mask, ends)
@@ -249,7 +252,7 @@ class Zipformer(nn.Module):
         """
         if not self.causal:
             return -1, -1
-        choose: Callable[[Sequence[int]], int] = random.choice if self.training else _widest
+        choose: Callable[[Sequence[int]], int] = random.choice if self.training else widest
         chunk_size = choose(self.chunk_size)
         if chunk_size < 0:
             return -1, -1
@@ -271,7 +274,7 @@ class Zipformer(nn.Module):
         return masks
 
 
-def _widest(frames: Sequence[int]) -> int:
+def widest(frames: Sequence[int]) -> int:
     """The largest of some numbers of frames, of which a negative one means no limit."""
     return -1 if min(frames) < 0 else max(frames)
 

@@ -18,12 +18,12 @@ FRAME_SHIFT = 160  # samples, 10 ms
 NUM_BINS = 80
 LOG_EPS = math.log(1e-10)  # pads feature batches, in training and everywhere else
 
-_FFT_LENGTH = 512
-_LEFT_PAD = (FRAME_LENGTH - FRAME_SHIFT) // 2  # 120 samples: frame t is centred on sample 160 t + 80
-_PREEMPHASIS = 0.97
+FFT_LENGTH = 512
+LEFT_PAD = (FRAME_LENGTH - FRAME_SHIFT) // 2  # 120 samples: frame t is centred on sample 160 t + 80
+PREEMPHASIS = 0.97
 _LOW_FREQUENCY = 20.0  # Hz
 _HIGH_FREQUENCY = 7600.0  # Hz
-_FLOOR = torch.finfo(torch.float32).eps  # digital silence becomes log of this, -15.94
+FLOOR = torch.finfo(torch.float32).eps  # digital silence becomes log of this, -15.94
 _FRAMES_PER_BLOCK = 128  # keeps the work arrays (0.25 MB each) inside a core's cache
 
 
@@ -42,7 +42,7 @@ class Fbank:
 
     def __init__(self, zero_padded: bool = False) -> None:
         self.zero_padded = zero_padded
-        self._window = torch.hann_window(FRAME_LENGTH, periodic=False).pow(0.85)  # Povey's
+        self._window = povey_window()
         self._mel = mel_filters().float()
 
     def __call__(self, waveform: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Fbank:
         features = torch.empty(num_frames, NUM_BINS)
         for start in range(0, num_frames, _FRAMES_PER_BLOCK):
             block = slice(start, start + _FRAMES_PER_BLOCK)
-            features[block] = self._log_mel(frames[block])
+            features[block] = log_mel(frames[block], self._window, self._mel)
         return features
 
     def batch(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
@@ -71,20 +71,43 @@ class Fbank:
         counts = [num_feature_frames(waveform.shape[0]) for waveform in waveforms]
         return [self(waveform)[:count] for waveform, count in zip(padded, counts, strict=True)]
 
-    def _log_mel(self, frames: Tensor) -> Tensor:
-        """(T, 400) samples to (T, 80).
+    def mirrored(self, waveform: Tensor) -> Tensor:
+        """(S,) with its own mirrored ends, ((T - 1) 160 + 400,): what ``of_mirrored`` takes, T at least 1."""
+        return _mirror_edges(waveform.float(), num_feature_frames(waveform.shape[0]))
 
-        Next to a strong tone the weak bins hold little but float32 rounding, so the order of these operations is part
-        of the result: it is the reference's (mean, product, difference, window), with no fused multiply-add.
+    def of_mirrored(self, waveforms: Tensor, num_frames: Tensor) -> Tensor:
+        """Features (N, T, 80) of mirrored waveforms (N, (T - 1) 160 + 400) that are padded at their ends.
+
+        On the device of the waveforms; equal to ``__call__`` of each, with ln(1e-10) from ``num_frames`` (N,) on.
         """
-        centred = frames - frames.mean(dim=1, keepdim=True)
-        previous = centred * _PREEMPHASIS
-        centred[:, 1:] -= previous[:, :-1]
-        centred[:, 0] -= previous[:, 0]  # a frame knows no earlier sample
-        centred *= self._window
-        spectrum = torch.fft.rfft(centred, n=_FFT_LENGTH)  # (T, 257) complex
-        power = spectrum.abs().square_()
-        return (power @ self._mel).clamp_(min=_FLOOR).log_()
+        if not len(waveforms):
+            return waveforms.new_zeros(0, 0, NUM_BINS)
+        window, mel = self._window.to(waveforms.device), self._mel.to(waveforms.device)
+        features = log_mel(waveforms.unfold(1, FRAME_LENGTH, FRAME_SHIFT), window, mel)
+        valid = torch.arange(features.shape[1], device=features.device) < num_frames[:, None]  # (N, T)
+        return features.masked_fill(~valid[:, :, None], LOG_EPS)
+
+
+def log_mel(frames: Tensor, window: Tensor, mel: Tensor) -> Tensor:
+    """(..., 400) samples, (400,) window and (257, 80) filters to (..., 80).
+
+    Next to a strong tone the weak bins hold little but float32 rounding, so the order of these operations is part
+    of the result: it is the reference's (mean, product, difference, window), with no fused multiply-add.
+    """
+    centred = frames - frames.mean(dim=-1, keepdim=True)
+    previous = centred * PREEMPHASIS
+    centred[..., 1:] -= previous[..., :-1]
+    centred[..., 0] -= previous[..., 0]  # a frame knows no earlier sample
+    centred *= window
+    spectrum = torch.fft.rfft(centred, n=FFT_LENGTH)  # (..., 257) complex
+    real, imaginary = spectrum.real, spectrum.imag
+    power = (real * real).addcmul_(imaginary, imaginary)  # a third of the cost of abs().square()
+    return (power @ mel).clamp_(min=FLOOR).log_()
+
+
+def povey_window() -> Tensor:
+    """(400,)"""
+    return torch.hann_window(FRAME_LENGTH, periodic=False).pow(0.85)
 
 
 def mel_filters() -> Tensor:
@@ -96,7 +119,7 @@ def mel_filters() -> Tensor:
     limits = mel(torch.tensor([_LOW_FREQUENCY, _HIGH_FREQUENCY], dtype=torch.float64))
     edges = torch.linspace(float(limits[0]), float(limits[1]), NUM_BINS + 2, dtype=torch.float64)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]  # (80,)
-    frequencies = torch.arange(_FFT_LENGTH // 2 + 1, dtype=torch.float64) * (SAMPLING_RATE / _FFT_LENGTH)
+    frequencies = torch.arange(FFT_LENGTH // 2 + 1, dtype=torch.float64) * (SAMPLING_RATE / FFT_LENGTH)
     position = mel(frequencies)[:, None]  # (257, 1)
     rising = (position - left) / (centre - left)
     falling = (right - position) / (right - centre)
@@ -107,9 +130,9 @@ def _mirror_edges(waveform: Tensor, num_frames: int) -> Tensor:
     """Both ends mirrored with the edge sample repeated: (S,) to ((T - 1) 160 + 400,)."""
     num_samples = waveform.shape[0]
     total = (num_frames - 1) * FRAME_SHIFT + FRAME_LENGTH
-    right_pad = total - num_samples - _LEFT_PAD
-    if num_samples >= max(_LEFT_PAD, right_pad):
-        return torch.cat([waveform[:_LEFT_PAD].flip(0), waveform, waveform[num_samples - right_pad :].flip(0)])
+    right_pad = total - num_samples - LEFT_PAD
+    if num_samples >= max(LEFT_PAD, right_pad):
+        return torch.cat([waveform[:LEFT_PAD].flip(0), waveform, waveform[num_samples - right_pad :].flip(0)])
     # Shorter than the mirror: reflect back and forth.
-    index = (torch.arange(total) - _LEFT_PAD) % (2 * num_samples)
+    index = (torch.arange(total) - LEFT_PAD) % (2 * num_samples)
     return waveform[torch.minimum(index, 2 * num_samples - 1 - index)]

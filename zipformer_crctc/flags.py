@@ -147,8 +147,6 @@ def from_plain(cls: type, data: Mapping[str, Any], where: str, problems: list[st
     before = len(problems)
     if unknown := sorted(set(data) - set(kinds)):
         problems.append(f"{where}: unknown fields {', '.join(unknown)}; another version of this project wrote it.")
-    if missing := [name for name in kinds if name not in data]:
-        problems.append(f"{where}: missing fields {', '.join(missing)}; another version of this project wrote it.")
     values = {}
     for name, kind in kinds.items():
         if name in data:

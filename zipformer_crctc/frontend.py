@@ -136,9 +136,9 @@ class Conv2dSubsampling(nn.Module):
         Raises:
             ValueError: an utterance too short to give one output frame, or T that is not the longest length.
         """
+        check_lengths(features, num_frames)
         lengths = output_frames(num_frames)
         x = self.conv(features[:, None].to(memory_format=torch.channels_last))  # (N, C, T', F')
-        check_lengths(features, num_frames)
         x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)
         # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)

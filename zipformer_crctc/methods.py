@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from zipformer_crctc.beam import BeamOptions, prefix_beam_search
-from zipformer_crctc.config import BEAM_SEARCH, DecodeConfig
+from zipformer_crctc.config import BEAM_SEARCH, BEST_PATH, NBEST, DecodeConfig
 from zipformer_crctc.inventory import read_inventory
+from zipformer_crctc.k2_search import LatticeOptions, lattice_search, load_k2
 from zipformer_crctc.ngram import Fusion, NgramLM, read_arpa
 from zipformer_crctc.search import Hypothesis, greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
@@ -32,10 +33,18 @@ def build_search(
     """The search that a configuration asks for, on a device; `factor` is the model's output downsampling factor.
 
     lm: the language model, where it was read already and is on that device.
-    Raises ValueError for a language model or an inventory that cannot be used.
+    Raises ValueError for a language model or an inventory that cannot be used, and where k2 is needed but absent.
     """
     allowed = None if decode.inventory is None else read_inventory(decode.inventory, tokenizer).to(device)
     blank, penalty = tokenizer.blank_id, decode.blank_penalty
+    if decode.decoding_method in (BEST_PATH, NBEST):
+        load_k2(decode.decoding_method)
+        lattice = LatticeOptions(decode.decoding_method, decode.nbest, decode.num_paths, decode.nbest_scale)
+
+        def with_k2(log_probs: Tensor, lengths: Tensor) -> list[list[Hypothesis]]:
+            return lattice_search(log_probs, lengths, lattice, factor, penalty, allowed)
+
+        return with_k2
     if decode.decoding_method != BEAM_SEARCH:
 
         def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[Hypothesis]]:
@@ -66,6 +75,8 @@ def search_suffix(decode: DecodeConfig) -> str:
         for name in ("insertion_bonus", "top_tokens", "blank_skip"):
             if (value := getattr(decode, name)) != getattr(default, name):
                 parts.append(f"{name.replace('_', '-')}-{value:g}")
+    if decode.decoding_method == NBEST:
+        parts.append(f"paths-{decode.num_paths}-scale-{decode.nbest_scale:g}")
     if decode.inventory is not None:
         parts.append(f"inventory-{_stem(decode.inventory)}")
     if decode.blank_penalty:

@@ -86,23 +86,34 @@ class Fusion:
     weight: float = 0.5
     bonus: float = 0.0
     """In nats."""
-    table: Tensor | None = field(init=False)
-    """(S, V): what a token adds after a state."""
-
-    def __post_init__(self) -> None:
-        table = None if self.lm is None else self.lm.scores * self.weight + self.bonus
-        object.__setattr__(self, "table", table)
+    _tables: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def start(self) -> int:
         """The state of the empty hypothesis."""
         return 0 if self.lm is None else self.lm.start
 
-    @property
-    def following(self) -> Tensor:
-        """(S, V): the state after a token."""
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """(S * V,) float64: the factor of each token after each state; (S * V,) int32: the state after it, times V."""
         assert self.lm is not None
-        return self.lm.following
+        if not self._tables:  # made once, of some hundred megabytes for a large model
+            factors = self.lm.scores.double().mul_(self.weight).add_(self.bonus).exp_()
+            self._tables.extend((factors.flatten(), (self.lm.following * self.lm.scores.size(1)).int().flatten()))
+        return self._tables[0], self._tables[1]
+
+    def added(self, tokens: Tensor) -> Tensor:
+        """What the tokens of some hypotheses added to their scores, without the end of the utterance, (H,) float64.
+
+        tokens: (H, L), filled up with -1.
+        """
+        present = tokens >= 0
+        total = present.sum(dim=1) * float(self.bonus)
+        if self.lm is not None:
+            state = torch.full_like(total, self.lm.start, dtype=torch.int64)
+            for column, there in zip(tokens.clamp(min=0).T, present.T, strict=True):
+                total += torch.where(there, self.lm.scores[state, column].double() * self.weight, 0.0)
+                state = torch.where(there, self.lm.following[state, column].long(), state)
+        return total
 
     @property
     def final(self) -> Tensor | None:

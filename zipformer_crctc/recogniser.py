@@ -143,6 +143,7 @@ def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) ->
         [folder],
         max_duration=args.data.max_duration,
         num_workers=args.data.num_workers,
+        index_dir=args.data.index_dir,
         need_text=False,
         keep_alignment=keep_alignment,
         zero_padded=args.decode.published_padding,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from zipformer_crctc.comparison import Comparison, compare
 from zipformer_crctc.metrics import count_errors
-from zipformer_crctc.reportdata import System, read_clips
-from zipformer_crctc.reportpage import ShownUtterance
+from zipformer_crctc.reportdata import Clip, System, read_clips
+from zipformer_crctc.reportutterances import ShownUtterance
 from zipformer_crctc.scoring import ScoredSet, score_set
 from zipformer_crctc.text import name_symbols
 
@@ -28,10 +29,17 @@ class Report:
     """Lists of utterances by their title."""
     notes: list[str]
     seed: int
+    clips: dict[tuple[str, str], Clip] = field(default_factory=dict)
+    """Audio by corpus and id."""
 
     @property
     def title(self) -> str:
-        return " and ".join(self.names)
+        return "Phone recognition: " + " and ".join(self.names)
+
+    @property
+    def scored(self) -> bool:
+        """Whether any utterance has a reference."""
+        return any(scored.results for scored in self.sets)
 
 
 def make_report(systems: Sequence[System], names: list[str], num_worst: int, seed: int) -> Report:
@@ -99,8 +107,8 @@ def _chosen(sets: Sequence[ScoredSet], comparison: Comparison | None, count: int
         change = {row: counts[row][1].errors - counts[row][0].errors for row in rows}
         by_change = sorted(rows, key=lambda row: change[row])
         half = max(1, count // 2)
-        lists["Most errors fewer in B"] = [row for row in by_change[:half] if change[row] < 0]
-        lists["Most errors more in B"] = [row for row in by_change[::-1][:half] if change[row] > 0]
+        lists["B better"] = [row for row in by_change[:half] if change[row] < 0]
+        lists["B worse"] = [row for row in by_change[::-1][:half] if change[row] > 0]
     return {title: [shown(row) for row in chosen] for title, chosen in lists.items()}
 
 
@@ -111,19 +119,9 @@ def add_audio(report: Report, data_config: Path, most: int) -> Report:
         ValueError: a data config or shards that cannot be read.
     """
     # In turn from each list, so that none goes without.
-    depth = max((len(shown) for shown in report.utterances.values()), default=0)
-    keys = [
-        (shown[place].corpus, shown[place].results[0].id)
-        for place in range(depth)
-        for shown in report.utterances.values()
-        if place < len(shown)
-    ]
-    wanted = list(dict.fromkeys(keys))[:most]
-    clips, notes = read_clips(data_config, wanted)
-    utterances = {
-        title: [replace(one, clip=clips.get((one.corpus, one.results[0].id))) for one in shown]
-        for title, shown in report.utterances.items()
-    }
-    if len({*keys}) > len(wanted):
-        notes.append(f"Audio is embedded for {len(wanted)} of the {len({*keys})} utterances shown (--clips).")
-    return replace(report, utterances=utterances, notes=[*report.notes, *notes])
+    turns = zip_longest(*report.utterances.values())
+    shown = list(dict.fromkeys(one.key for turn in turns for one in turn if one is not None))
+    clips, notes = read_clips(data_config, shown[:most])
+    if len(shown) > most:
+        notes.append(f"Audio is embedded for {most} of the {len(shown)} utterances shown (--clips).")
+    return replace(report, clips=clips, notes=[*report.notes, *notes])

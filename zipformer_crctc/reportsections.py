@@ -3,70 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 
 from zipformer_crctc.bootstrap import NUM_SETS, Interval
-from zipformer_crctc.breakdown import GroupRow, by_feature, by_group, by_phone, confusions, total
-from zipformer_crctc.charts import SYSTEM_COLOURS
-from zipformer_crctc.comparison import Comparison, compare_languages
+from zipformer_crctc.breakdown import NONE, GroupRow, by_feature, by_group, by_phone, confusions, total
 from zipformer_crctc.metrics import ErrorCounts
 from zipformer_crctc.reportcontent import Report
-from zipformer_crctc.reportpage import (
-    ERROR_KEY,
-    Section,
-    ShownUtterance,
-    bullets,
+from zipformer_crctc.reportfigures import (
+    confused_phones,
     confusion_map,
     confusion_table,
     feature_bars,
-    folded,
     legend,
-    page,
-    paragraph,
     rate_bars,
-    utterance_view,
-    verdict,
 )
+from zipformer_crctc.reportpage import Section, bullets, folded, page, paragraph
 from zipformer_crctc.reporttables import (
     Table,
     comparison_table,
     feature_table,
     group_table,
+    language_comparison_table,
     markdown,
-    p_value,
     phone_table,
+    verdict,
 )
+from zipformer_crctc.reportutterances import utterance_sections
 from zipformer_crctc.scoring import RATES
 
 _MOST_ROWS = 300  # of a table that nobody reads to its end, such as that of speakers
+_NOTHING = "No utterance has a reference: nothing is scored."
+_FEATURES = (
+    "Segments are aligned with the smallest feature distance; a feature is wrong where the reference has + or - and "
+    "the hypothesis another value. Deleted and inserted segments do not count."
+)
 
 
 def html_text(report: Report) -> str:
     """The page."""
-    sections = [_summary(report)]
-    if any(scored.results for scored in report.sets):
-        sections += [_languages(report), _phones(report), _confusions(report), _features(report), _others(report)]
-        sections += [
-            Section(f"utterances-{number}", title, _utterances(report, shown))
-            for number, (title, shown) in enumerate(report.utterances.items())
-        ]
-    return page(f"Phone recognition: {report.title}", "", sections)
+    if not report.scored:
+        return page(report.title, [Section("summary", "Summary", paragraph(_NOTHING) + bullets(report.notes))])
+    sections = [_summary(report), _languages(report), _phones(report), _confusions(report), _features(report)]
+    speakers = _group_tables(report, "speaker", "speaker")
+    if speakers:
+        tables = "".join(table.html("speakers") for table in speakers)
+        sections.append(Section("speakers", "Speakers", folded("Table of speakers", tables)))
+    return page(report.title, [*sections, *utterance_sections(report.utterances, report.clips, report.names)])
 
 
 def _summary(report: Report) -> Section:
-    if not any(scored.results for scored in report.sets):
-        return Section(
-            "summary", "Summary", paragraph("No utterance has a reference: nothing is scored.") + bullets(report.notes)
-        )
-    parts = [_totals(report).html()]
+    parts = []
     if report.comparison is not None:
-        parts.append(paragraph(verdict(report.comparison, report.names)))
-        parts.append(comparison_table(report.comparison, (report.names[0], report.names[1])).html())
-    corpora = {corpus for scored in report.sets for corpus in scored.corpora}
-    if len(corpora) > 1:
+        parts.append(paragraph(verdict(report.comparison, report.names), "verdict"))
+        parts.append(comparison_table(report.comparison.total, report.names).html("comparison"))
+    parts.append(_totals(report).html("totals"))
+    if tables := _group_tables(report, "corpus", "test set"):
         parts.append("<h3>By test set</h3>")
-        parts += [table.html() for table in _group_tables(report, "corpus", "test set")]
+        parts += [table.html("test sets") for table in tables]
     parts.append(paragraph(_explanation(report), "note"))
     parts.append(bullets(report.notes))
     return Section("summary", "Summary", "".join(parts))
@@ -76,9 +70,9 @@ def _explanation(report: Report) -> str:
     return (
         "PER: phone errors per reference phone. PFER: feature edit distance over panphon's segments; the mean is over "
         "utterances and not normalised, the percentage is per reference segment. In brackets: 95 % intervals from "
-        f"{NUM_SETS} resampled sets of utterances (seed {report.seed}). Phones are aligned with the fewest errors, "
-        "like with like; other alignments with as few errors may split them differently into substitutions, deletions "
-        "and insertions."
+        f"{NUM_SETS} resampled sets of utterances (seed {report.seed}); those of a handful of utterances are too "
+        "narrow. Phones are aligned with the fewest errors, like with like; other alignments with as few errors may "
+        "split them differently into substitutions, deletions and insertions."
     )
 
 
@@ -90,9 +84,12 @@ def _totals(report: Report) -> Table:
 
 
 def _group_tables(report: Report, kind: str, title: str) -> list[Table]:
-    """A table for each system."""
+    """A table for each system; none where there is only one group, which the totals tell already."""
+    groups = _groups(report, kind)
+    if len({row.group for rows in groups for row in rows}) < 2:
+        return []
     named = report.names if len(report.names) > 1 else [""]
-    return [group_table(title, _most(_groups(report, kind)[place]), name) for place, name in enumerate(named)]
+    return [group_table(title, _most(rows), name) for rows, name in zip(groups, named, strict=True)]
 
 
 def _groups(report: Report, kind: str) -> list[list[GroupRow]]:
@@ -115,28 +112,23 @@ def _most(rows: list[GroupRow]) -> list[GroupRow]:
 
 def _languages(report: Report) -> Section:
     groups = _groups(report, "language")
-    parts = [_system_legend(report)]
-    parts += [rate_bars(groups, rate, RATES[rate]) for rate in (0, 2)]
-    named = report.names if len(report.names) > 1 else [""]
-    tables = [group_table("language", rows, name).html() for rows, name in zip(groups, named, strict=True)]
-    if report.comparison is not None:
-        tables.append(_language_differences(report, report.comparison).html())
-    return Section("languages", "Languages", "".join([*parts, folded("Table of languages", "".join(tables))]))
+    if {row.group for rows in groups for row in rows} == {NONE}:
+        return Section("languages", "Languages", paragraph("No utterance names its language."))
+    charts = [rate_bars(groups, rate, RATES[rate]) for rate in (0, 2)]
+    tables = [table.html("languages") for table in _language_tables(report)]
+    html = _system_legend(report) + "".join(charts) + folded("Table of languages", "".join(tables))
+    return Section("languages", "Languages", html)
 
 
-def _language_differences(report: Report, comparison: Comparison) -> Table:
-    """PER of B less that of A by language."""
-    found = compare_languages(report.sets[0], report.sets[1], comparison, report.seed)
-    rows = []
-    for language, differences in found.items():
-        change = differences[0]
-        spread = f" [{change.interval.low:+.2f}, {change.interval.high:+.2f}]" if change.interval.known else ""
-        rows.append([language or "(none)", f"{change.value:+.2f}{spread}", p_value(change.p_value)])
-    return Table(["language", "PER difference [95 %]", "p"], rows)
+def _language_tables(report: Report) -> list[Table]:
+    tables = _group_tables(report, "language", "language")
+    if report.comparison is not None and tables:
+        tables.insert(0, language_comparison_table(report.comparison.languages, report.names))
+    return tables
 
 
 def _system_legend(report: Report) -> str:
-    return legend(report.names, SYSTEM_COLOURS) if len(report.names) > 1 else ""
+    return legend(report.names) if len(report.names) > 1 else ""
 
 
 def _phones(report: Report) -> Section:
@@ -147,64 +139,55 @@ def _phones(report: Report) -> Section:
     parts = [paragraph(explanation, "note")]
     for name, scored in zip(report.names, report.sets, strict=True):
         rows = by_phone(scored, report.seed)
-        parts.append(folded(f"{name}: {len(rows)} phones", phone_table(rows).html()))
+        parts.append(folded(f"{name}: {len(rows)} phones", phone_table(rows).html(f"phones, {name}")))
     return Section("phones", "Phones", "".join(parts))
 
 
 def _confusions(report: Report) -> Section:
-    parts = []
-    for name, scored in zip(report.names, report.sets, strict=True):
-        counts = confusions(scored)
-        heading = paragraph(name) if len(report.names) > 1 else ""
-        parts.append(heading + confusion_map(counts) + folded("Most frequent errors", confusion_table(counts).html()))
+    explanation = (
+        "Figures are percent of the reference phone (in the last row: of the hypothesis phone); grey is correct, red "
+        "an error. Phones are in the order of their features, so that like ones are neighbours."
+    )
+    systems = [confusions(scored) for scored in report.sets]
+    chosen = confused_phones(systems)
+    parts = [paragraph(explanation, "note")]
+    for name, counts in zip(report.names, systems, strict=True):
+        parts.append(f"<h3>{escape(name)}</h3>" if len(systems) > 1 else "")
+        parts.append(confusion_map(counts, chosen, f"confusions, {name}"))
+        parts.append(folded("Most frequent errors", confusion_table(counts).html(f"most frequent errors, {name}")))
     return Section("confusions", "Confusions", "".join(parts))
 
 
 def _features(report: Report) -> Section:
     systems = [by_feature(scored) for scored in report.sets]
-    explanation = (
-        "Segments are aligned with the smallest feature distance; a feature is wrong where the reference has + or - "
-        "and the hypothesis another value. Deleted and inserted segments do not count."
-    )
     tables = [
-        folded(f"Table: {name}", feature_table(rows).html()) for name, rows in zip(report.names, systems, strict=True)
+        folded(f"Table: {name}", feature_table(rows).html(f"features, {name}"))
+        for name, rows in zip(report.names, systems, strict=True)
     ]
-    html = paragraph(explanation, "note") + _system_legend(report) + feature_bars(systems) + "".join(tables)
-    return Section("features", "Articulatory features", html)
-
-
-def _others(report: Report) -> Section:
-    tables = "".join(table.html() for table in _group_tables(report, "speaker", "speaker"))
-    return Section("speakers", "Speakers", folded("Table of speakers", tables))
-
-
-def _utterances(report: Report, shown: Sequence[ShownUtterance]) -> str:
-    if not shown:
-        return paragraph("None.")
-    named = ""
-    if len(report.names) > 1:
-        named = paragraph(
-            "; ".join(f"{letter}: {name}" for letter, name in zip("AB", report.names, strict=True)), "note"
-        )
-    return ERROR_KEY + named + "".join(utterance_view(one) for one in shown)
+    html = paragraph(_FEATURES, "note") + _system_legend(report) + feature_bars(systems) + "".join(tables)
+    return Section("features", "Features", html)
 
 
 def markdown_text(report: Report) -> str:
     """The tables."""
-    parts = [f"# Phone recognition: {markdown(report.title)}"]
-    if any(scored.results for scored in report.sets):
-        parts += [_totals(report).markdown()]
+    parts = [f"# {markdown(report.title)}"]
+    if not report.scored:
+        parts.append(_NOTHING)
+    else:
         if report.comparison is not None:
             parts.append(markdown(verdict(report.comparison, report.names)))
-            parts.append(comparison_table(report.comparison, (report.names[0], report.names[1])).markdown())
-        for kind, title in (("corpus", "test set"), ("language", "language")):
-            parts.append(f"## By {title}")
-            parts += [table.markdown() for table in _group_tables(report, kind, title)]
-        parts.append("## By articulatory feature")
+            parts.append(comparison_table(report.comparison.total, report.names).markdown())
+        parts.append(_totals(report).markdown())
+        for title, tables in (
+            ("test set", _group_tables(report, "corpus", "test set")),
+            ("language", _language_tables(report)),
+        ):
+            parts += [f"## By {title}"] if tables else []
+            parts += [table.markdown() for table in tables]
+        parts.append(f"## By articulatory feature\n\n{_FEATURES}")
         for name, scored in zip(report.names, report.sets, strict=True):
             parts += [markdown(name)] if len(report.names) > 1 else []
             parts.append(feature_table(by_feature(scored)).markdown())
         parts.append(_explanation(report))
-    else:
-        parts.append("No utterance has a reference: nothing is scored.")
-    return "\n\n".join([*parts, *(f"- {markdown(note)}" for note in report.notes)]) + "\n"
+    notes = "\n".join(f"- {markdown(note)}" for note in report.notes)
+    return "\n\n".join([*parts, notes]).rstrip() + "\n"

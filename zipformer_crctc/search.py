@@ -5,6 +5,8 @@ Legend: N utterances, T' output frames (20 ms times the model's output downsampl
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +47,21 @@ def frame_time(frame: int, factor: int = 1) -> float:
     return round(FIRST_FRAME + FRAME_SHIFT * (factor * frame + (factor - 1) / 2), 6)
 
 
+class NotANumber(ValueError):
+    """Log-probabilities with NaN; says where, so that a program can name the utterance."""
+
+    def __init__(self, row: int, frame: int) -> None:
+        super().__init__(
+            f"log_probs: NaN in row {row}, frame {frame}; check the features of that utterance and the weights of the "
+            "checkpoint"
+        )
+        self.row, self.frame = row, frame
+
+
 def valid_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """Check the input of a search; return which frames count, (N, T') bool.
 
-    Raises ValueError where shapes or lengths do not fit, or a frame that counts holds NaN.
+    Raises ValueError where shapes or lengths do not fit, and NotANumber, which is one, for NaN in a frame that counts.
     """
     if log_probs.dim() != 3:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, expected (N, T', V)")
@@ -63,11 +76,17 @@ def valid_frames(log_probs: Tensor, lengths: Tensor) -> Tensor:
     if bool(wrong.any()):
         for row, frame in wrong.nonzero().tolist():  # infinities of both signs give NaN too
             if bool(log_probs[row, frame].isnan().any()):
-                raise ValueError(
-                    f"log_probs: NaN in row {row}, frame {frame}; check the features of that utterance and the weights "
-                    "of the checkpoint"
-                )
+                raise NotANumber(row, frame)
     return valid
+
+
+@contextmanager
+def naming(ids: Sequence[str]) -> Iterator[None]:
+    """Turn a NotANumber of a batch into a ValueError that names the utterance; ids: of its rows."""
+    try:
+        yield
+    except NotANumber as error:
+        raise ValueError(f"utterance {ids[error.row]}: {error}") from error
 
 
 def adjusted(log_probs: Tensor, blank_id: int = 0, blank_penalty: float = 0.0, allowed: Tensor | None = None) -> Tensor:

@@ -60,9 +60,10 @@ class MetricsWriter:
         config: of the run.
         enabled: False in all processes but the main one, where nothing is written.
         run_config: nested plain data, shown by Weights & Biases.
+        resumed_at: the batch that the run goes on from; what an earlier run wrote about later ones is taken back.
     """
 
-    def __init__(self, config: TrainConfig, enabled: bool, run_config: Mapping[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, enabled: bool, run_config: Mapping[str, Any], resumed_at: int = 0) -> None:
         self._start = time.monotonic()
         self._file = None
         self._tensorboard = None
@@ -70,9 +71,12 @@ class MetricsWriter:
         if not enabled:
             return
         config.exp_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (config.exp_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = config.exp_dir / "metrics.jsonl"
+        if resumed_at:
+            _keep_steps(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
-            self._tensorboard = _tensorboard_writer(config.exp_dir / "tensorboard")
+            self._tensorboard = _tensorboard_writer(config.exp_dir / "tensorboard", resumed_at)
         if config.wandb:
             self._wandb = _wandb_run(config, run_config)
 
@@ -81,31 +85,53 @@ class MetricsWriter:
         if self._file is None:
             return
         record = {"kind": kind, "step": step, "elapsed": round(time.monotonic() - self._start, 2), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:  # a full disk is no reason to stop
+            logger.error("numbers of batch %d could not be written (%s)", step, error)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Write what is left."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError as error:
+            logger.error("the last numbers could not be written (%s)", error)
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _keep_steps(path: Path, last: int) -> None:
+    """Take records after step ``last`` out of a file of JSON lines, and lines that a killed process broke off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: a damaged line is left out: %.60s", path, line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard_writer(folder: Path, resumed_at: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("tensorboard is not installed: no TensorBoard files; metrics.jsonl has the same numbers")
         return None
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=resumed_at + 1 if resumed_at else None)
 
 
 def _wandb_run(config: TrainConfig, run_config: Mapping[str, Any]) -> Any:

@@ -59,6 +59,10 @@ class TranscribeConfig:
     """Average all batches between two checkpoints, by their running averages, where they hold them."""
     bpe_model: Path | None = None
     """SentencePiece model file of the tokenizer; without it the model's own, else the built-in table."""
+    chunk_size: int | None = None
+    """Causal models: chunk in frames of 20 ms; without it the widest of the training, -1 is no limit."""
+    left_context_frames: int | None = None
+    """Causal models: left context in frames of 20 ms; without it the widest of the training, -1 is no limit."""
     channel: int | None = None
     """Channel to take, from 1; without it the mean of all."""
     window: float = 30.0
@@ -150,11 +154,10 @@ def run(args: TranscribeArgs) -> None:
     for result in _recognizer(args).stream(sources, config.progress):
         if result.problem is not None:
             skipped.add(result.problem, result.audio)
-        elif config.output_dir is None:
-            print(formatted(result, config.output_formats[0]), end="", flush=True)
-        # Long transcriptions are kept for the files only.
         if config.output_dir is not None:
             results.append(result)
+        elif result.problem is None or config.output_formats[0] == "jsonl":
+            print(formatted(result, config.output_formats[0]), end="", flush=True)
     if config.output_dir is not None:
         write_transcriptions(config.output_dir, config.output_formats, results)
         logger.info("results are in %s", config.output_dir)
@@ -176,6 +179,8 @@ def _recognizer(args: TranscribeArgs) -> PhoneRecognizer:
         use_averaged_model=config.use_averaged_model,
         bpe_model=config.bpe_model,
         published_padding=decode.published_padding,
+        chunk_size=config.chunk_size,
+        left_context_frames=config.left_context_frames,
         decode=decode,
         correction=TimeCorrection.read(decode.time_correction) if decode.time_correction else None,
         window=config.window,

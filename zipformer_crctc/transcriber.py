@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zipformer_crctc.audio import AudioError
 from zipformer_crctc.config import DecodeConfig
+from zipformer_crctc.encoder import widest
 from zipformer_crctc.features import LOG_EPS, SAMPLING_RATE, Fbank, num_feature_frames
 from zipformer_crctc.frontend import MIN_FEATURE_FRAMES
 from zipformer_crctc.methods import build_search
@@ -160,6 +161,8 @@ class PhoneRecognizer:
         use_averaged_model: bool = True,
         bpe_model: Path | None = None,
         published_padding: bool = False,
+        chunk_size: int | None = None,
+        left_context_frames: int | None = None,
         **settings: Any,
     ) -> PhoneRecognizer:
         """Load a model.
@@ -171,6 +174,8 @@ class PhoneRecognizer:
             avg, iter, use_averaged_model: of a folder of checkpoints, those to average; iter 0 is the newest.
             bpe_model: sentencepiece model of the tokenizer; None is the model's own, else the published one.
             published_padding: let padding leak into valid frames, as published.
+            chunk_size, left_context_frames: of a causal model, in frames of 20 ms; None is the widest it was trained
+                with, -1 no limit.
             settings: of the class.
 
         Raises:
@@ -178,7 +183,13 @@ class PhoneRecognizer:
             ValueError: a device that is not there, settings that cannot be.
         """
         weights = find_weights(name, avg=avg, iter=iter, use_averaged_model=use_averaged_model)
-        recogniser = build_recogniser(weights, {}, bpe_model, device, published_padding)
+        given: dict[str, tuple[int, ...]] = {}
+        for field_name, value in (("chunk_size", chunk_size), ("left_context_frames", left_context_frames)):
+            if weights.config.causal:
+                given[field_name] = (widest(getattr(weights.config, field_name)) if value is None else value,)
+            elif value is not None:
+                raise ValueError(f"{field_name} {value}: the model is not causal, so it has no chunks; leave it out")
+        recogniser = build_recogniser(weights, given, bpe_model, device, published_padding)
         return cls(recogniser, **settings)
 
     def transcribe(

@@ -1,0 +1,103 @@
+// Speech to IPA phones in the browser: audio of a file or the microphone -> model-audio.onnx -> best path.
+
+const RATE = 16000; // Hz, what the model hears
+const SHORTEST = 1360; // samples, 9 feature frames
+const BLANK = 0;
+const BOUNDARY = "▁";
+
+const element = (id) => document.getElementById(id);
+const say = (text) => { element("status").textContent = text; };
+
+async function load() {
+  ort.env.wasm.wasmPaths = new URL("ort/", document.baseURI).href;
+  const lines = (await fetchOrThrow("model/tokens.txt").then((r) => r.text())).trim().split("\n");
+  const pieces = lines.map((line) => line.split(" ")[0]);
+  const bytes = await fetchOrThrow("model/model.onnx").then((r) => r.arrayBuffer());
+  return { session: await ort.InferenceSession.create(bytes), pieces };
+}
+
+async function fetchOrThrow(path) {
+  const response = await fetch(path);
+  if (!response.ok) throw new Error(`${path}: ${response.status}; run docs/web/build.sh first`);
+  return response;
+}
+
+// Any audio that the browser decodes, to mono samples at 16 kHz.
+async function decodeAudio(buffer) {
+  const decoded = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(buffer); // resamples too
+  const mono = new Float32Array(decoded.length);
+  for (let c = 0; c < decoded.numberOfChannels; c++) {
+    decoded.getChannelData(c).forEach((value, i) => { mono[i] += value / decoded.numberOfChannels; });
+  }
+  return mono;
+}
+
+async function recognise({ session, pieces }, samples) {
+  if (samples.length < SHORTEST) throw new Error("too short: the model needs 0.085 s at least");
+  const audio = new ort.Tensor("float32", samples, [1, samples.length]);
+  const lengths = new ort.Tensor("int64", BigInt64Array.from([BigInt(samples.length)]), [1]);
+  const { log_probs } = await session.run({ audio, audio_lens: lengths });
+  return bestPath(log_probs.data, log_probs.dims[2]).map((id) => pieces[id]).filter((piece) => piece !== BOUNDARY);
+}
+
+// The best id of each frame, repeats merged and blanks dropped.
+function bestPath(logProbs, size) {
+  const ids = [];
+  let previous = BLANK;
+  for (let start = 0; start < logProbs.length; start += size) {
+    const frame = logProbs.subarray(start, start + size);
+    const best = frame.reduce((top, value, id) => (value > frame[top] ? id : top), 0);
+    if (best !== BLANK && best !== previous) ids.push(best);
+    previous = best;
+  }
+  return ids;
+}
+
+async function transcribe(model, blob) {
+  element("player").src = URL.createObjectURL(blob);
+  element("player").hidden = false;
+  element("phones").textContent = "";
+  say("Listening …");
+  try {
+    const samples = await decodeAudio(await blob.arrayBuffer());
+    const started = performance.now();
+    const phones = await recognise(model, samples);
+    const seconds = (performance.now() - started) / 1000;
+    element("phones").textContent = phones.join(" ");
+    say(`${(samples.length / RATE).toFixed(1)} s of audio in ${seconds.toFixed(2)} s`);
+  } catch (error) {
+    say(`Failed: ${error.message}`);
+  }
+}
+
+async function toggleRecording(model, state) {
+  if (state.recorder) {
+    state.recorder.stop();
+    return;
+  }
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const parts = [];
+  const recorder = new MediaRecorder(stream);
+  recorder.ondataavailable = (event) => parts.push(event.data);
+  recorder.onstop = () => {
+    stream.getTracks().forEach((track) => track.stop());
+    state.recorder = null;
+    element("record").textContent = "Record";
+    transcribe(model, new Blob(parts, { type: recorder.mimeType }));
+  };
+  recorder.start();
+  state.recorder = recorder;
+  element("record").textContent = "Stop";
+  say("Recording …");
+}
+
+try {
+  const model = await load();
+  const state = { recorder: null };
+  element("file").onchange = (event) => event.target.files[0] && transcribe(model, event.target.files[0]);
+  element("record").onclick = () => toggleRecording(model, state).catch((error) => say(`Failed: ${error.message}`));
+  element("file").disabled = element("record").disabled = false;
+  say("Ready.");
+} catch (error) {
+  say(`Failed: ${error.message}`);
+}
