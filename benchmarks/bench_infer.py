@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peer, speed
+from benchmarks.results_file import result_path
 from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
 from zipformer_crctc.audio import load_audio
 from zipformer_crctc.features import SAMPLING_RATE, Fbank
@@ -29,15 +30,14 @@ from zipformer_crctc.presets import PRESETS
 from zipformer_crctc.search import greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
-OUTPUT = Path(__file__).with_name("results") / "infer.json"
+OUTPUT = result_path("infer")
 FEATURES, AUDIO = "features to phones", "FLAC to phones"
 
 
 def main() -> None:
     args = speed.parser(__doc__, ["small"], OUTPUT).parse_args()
-    rows = []
     for case in speed.cases(args, [FEATURES, AUDIO]):
-        rows += speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
+        rows = speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
         speed.write(args.output, rows)
 
 

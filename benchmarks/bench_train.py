@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from benchmarks import peer, speed
+from benchmarks.results_file import result_path
 from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.losses import consistency_loss, ctc_loss
@@ -29,15 +30,14 @@ from zipformer_crctc.schedule import set_batch_count
 from zipformer_crctc.shar import Utterance
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
-OUTPUT = Path(__file__).with_name("results") / "train.json"
+OUTPUT = result_path("train")
 PHONES_PER_SECOND = 8
 
 
 def main() -> None:
     args = speed.parser(__doc__, ["small"], OUTPUT).parse_args()
-    rows = []
     for case in speed.cases(args, ["training"]):
-        rows += speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
+        rows = speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
         speed.write(args.output, rows)
 
 

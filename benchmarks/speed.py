@@ -11,13 +11,10 @@ import json
 import multiprocessing
 import random
 import resource
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
+from benchmarks.results_file import row, write_rows
 from zipformer_crctc import products
 
 OURS = "ours"
 BATCH_COUNT = 20_000.0
 """The adjusted batch count at which every schedule and regulariser is on."""
-SHORTEST_UTTERANCE = 0.1
-"""Seconds; what operations are counted on begins with fewer products than this gives."""
 
 
 @dataclass(frozen=True)
@@ -193,35 +189,23 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
         "matrix_rate": round(rate / 1e9, 1),
         "share_of_matrix_rate": round(operations / median[OURS] / rate, 3),
     }
-    rows = [
+    return [
         _row(case, unit, speed, details, higher_is_better=True),
         _row(replace(case, kind=f"{case.kind}, memory"), "GiB", memory, {}, higher_is_better=False),
     ]
-    for row in rows:
-        print(json.dumps({key: row[key] for key in row if key != "command"}), flush=True)
-    return rows
 
 
 def _row(
     case: Case, unit: str, values: dict[str, float], details: dict[str, Any], higher_is_better: bool
 ) -> dict[str, Any]:
-    """One row of a results file; see tables.py. The ratio is above 1 where ours is faster or smaller."""
+    """One row of a results file. The ratio is above 1 where ours is faster or smaller."""
     on_gpu = torch.device(case.device).type == "cuda"
+    threads = case.threads or torch.get_num_threads()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread(s)"
     ours, other = values[OURS], values.get(peer.NAME)
     ratio = None if other is None else round(ours / other if higher_is_better else other / ours, 2)
-    return {
-        "case": case.name,
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"CPU, {case.threads or torch.get_num_threads()} thread(s)",
-        "unit": unit,
-        "ours": round(ours, 3),
-        "peer": None if other is None else {"name": peer.NAME, "speed": round(other, 3)},
-        "ratio": ratio,
-        **details,
-        "command": f"python {shlex.join(['benchmarks/' + Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "date": date.today().isoformat(),
-    }
+    timed = None if other is None else {"name": peer.NAME, "speed": round(other, 3)}
+    return row(case.name, unit, round(ours, 3), timed, ratio, device=device, **details)
 
 
 def _print_parts(case: Case, who: str, parts: dict[str, float]) -> None:
@@ -259,9 +243,10 @@ def cases(args: argparse.Namespace, kinds: list[str]) -> list[Case]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into a results file, in place of those of the same case and device."""
-    key = lambda row: (row["case"], row["device"], row["unit"])  # noqa: E731
+
+    def key(item: dict[str, Any]) -> tuple[str, ...]:
+        return item["case"], item["device"], item["unit"]
+
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    new = {key(row) for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in old if key(row) not in new]
-    path.write_text(json.dumps(kept + rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = {key(item) for item in rows}
+    write_rows(path, [item for item in old if key(item) not in new] + rows)

@@ -48,6 +48,28 @@ def swoosh_r(x: Tensor) -> Tensor:
     return _Swoosh.apply(x, 1.0, 0.313261687)
 
 
+class _Gated(torch.autograd.Function):
+    """x * sigmoid(gate), which keeps no more than its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return gate.sigmoid().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (grad,) = grad_outputs
+        opening = gate.sigmoid()
+        slope = torch.addcmul(opening, opening, opening, value=-1.0)
+        return opening.mul_(grad), slope.mul_(x).mul_(grad)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * sigmoid(gate), element-wise."""
+    return _Gated.apply(x, gate)
+
+
 @contextmanager
 def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc.activations import computed_again
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
@@ -211,7 +213,9 @@ class NonlinAttention(nn.Module):
         z = torch.tanh(self.balancer(s)) * self.whiten1(v)
         z = z.unflatten(-1, (attn_weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
         z = torch.matmul(attn_weights, z).permute(2, 1, 0, 3).flatten(2)  # (T, N, E)
-        return self.whiten2(self.out_proj(z * y))
+        product = z * y
+        with computed_again(product, partial(torch.mul, z.detach(), y.detach())):
+            return self.whiten2(self.out_proj(product))
 
 
 def uniform_attention(attn_weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, swoosh_l, swoosh_r
+from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, gated, swoosh_l, swoosh_r
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
@@ -165,9 +165,9 @@ class ConvModule(nn.Module):
     ) -> Tensor:
         """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
         v, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = v * torch.sigmoid(self.balancer1(gate))
+        u = gated(v, self.balancer1(gate))
         if key_padding_mask is not None:
-            u = u.masked_fill(key_padding_mask.t()[:, :, None], 0.0)
+            u.masked_fill_(key_padding_mask.t()[:, :, None], 0.0)
         if isinstance(self.depthwise_conv, ChunkCausalConv):
             u = self.depthwise_conv(u, chunk_size, lengths)
         else:

@@ -95,5 +95,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    # The first operand is copied to be contiguous: let it be the smaller one.
-    return _onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _onednn(b.t(), a.t()).t().contiguous()
+    # The first operand is copied to be contiguous. The other way round it is b, and the result, that are copied.
+    direct, swapped = a.numel(), b.numel() + a.shape[1] * b.shape[1]
+    return _onednn(a.t(), b.t()) if direct <= swapped else _onednn(b.t(), a.t()).t().contiguous()
