@@ -25,6 +25,7 @@ from benchmarks.results_file import result_path
 from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
 from zipformer_crctc.audio import load_audio
 from zipformer_crctc.features import SAMPLING_RATE, Fbank
+from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.model import build_model
 from zipformer_crctc.presets import PRESETS
 from zipformer_crctc.search import greedy_search
@@ -58,6 +59,7 @@ def make(case: Case, who: str) -> Work:
     torch.set_grad_enabled(False)
     tokenizer = PhoneTokenizer.from_table()
     if who == OURS:
+        keep_freed_memory()  # as our programs do
         model: nn.Module = Isolated(build_model(PRESETS[case.size]().model, tokenizer.vocab_size))
     else:
         model = peer.PeerModel(peer.load(case.peer_path), case.size, tokenizer.vocab_size, BATCH_COUNT)
