@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ print(faults)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_an_array_comes_back_without_new_pages() -> None:
     def faults(keep: bool) -> int:
         command = [sys.executable, "-c", PROGRAM.format(keep=keep)]

@@ -76,12 +76,14 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
 
     Args:
         y: a tensor that costs little to compute and that nothing but the operations inside would keep.
-        compute: gives y anew, in the shape that it has in those operations; called without gradients.
+        compute: gives y anew, in the shape that it has in those operations; called without gradients and, for mixed
+            precision, as y was.
     """
     if not y.requires_grad:
         yield
         return
-    place, size = y.data_ptr(), y.numel()
+    place, size, kind = y.data_ptr(), y.numel(), y.device.type
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
@@ -89,7 +91,7 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             return compute().reshape(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -70,9 +70,13 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        hidden = self.hidden_balancer(self.pointwise_conv1(self.depthwise_conv(inner)))
-        active, again = swoosh_l(hidden), hidden.detach().permute(0, 2, 3, 1)
-        with computed_again(active, lambda: swoosh_l(again)):
+        narrow = self.depthwise_conv(inner)
+        again = narrow.detach()
+        # The hidden image is the largest array of the model: it is not kept, nor is its activation.
+        hidden = self.hidden_balancer(self.pointwise_conv1(narrow))
+        with computed_again(hidden, lambda: self.pointwise_conv1(again)):
+            active = swoosh_l(hidden)
+        with computed_again(active, lambda: swoosh_l(self.pointwise_conv1(again)).permute(0, 2, 3, 1)):
             residual = self.pointwise_conv2(active)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
