@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l, swoosh_r
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, gated, swoosh_l, swoosh_r
 from zipformer_crctc.schedule import Schedule
 
 Function = Callable[[Tensor], Tensor]
@@ -101,3 +101,29 @@ def test_dropout_is_for_training() -> None:
     dropout.batch_count = 10.0
     assert torch.equal(dropout.train()(x), x)
     assert torch.equal(SharedDropout(0.5, 0).eval()(x), x)  # a plain number too
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    calls = []
+
+    def compute() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return swoosh_l(x.detach())
+
+    y = swoosh_l(x)
+    with computed_again(y, compute):
+        z = torch.nn.functional.linear(y, weight)
+    assert calls == []
+    found = torch.autograd.grad(z.square().sum(), [x, weight])
+    assert calls == [False]
+    want = torch.autograd.grad((swoosh_l(x) @ weight.t()).square().sum(), [x, weight])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, want, strict=True))
+
+
+def test_gate() -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_().unbind()
+    assert torch.allclose(gated(x, gate), x * torch.sigmoid(gate))
+    assert torch.autograd.gradcheck(gated, (x.detach().requires_grad_(), gate.detach().requires_grad_()))

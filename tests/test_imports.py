@@ -18,7 +18,18 @@ PROGRAMS = {
     *("export_onnx", "save_pretrained"),
 }
 
-MODEL = ["schedule", "regularisers", "activations", "frontend", "attention", "layers", "encoder", "model", "losses"]
+MODEL = [
+    "schedule",
+    "products",
+    "regularisers",
+    "activations",
+    "frontend",
+    "attention",
+    "layers",
+    "encoder",
+    "model",
+    "losses",
+]
 """The model in the order of its parts: each imports only what stands before it."""
 SETTINGS = {"config", "flags"}
 """What the model may know besides itself."""

@@ -5,6 +5,8 @@ Source: Zipformer (Yao et al., ICLR 2024), sections 3.3 and 3.4. C channels, T f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,56 @@ def swoosh_l(x: Tensor) -> Tensor:
 def swoosh_r(x: Tensor) -> Tensor:
     """SwooshR(x) = ln(1 + exp(x - 1)) - 0.08 x - 0.313261687, element-wise, computed in float32."""
     return _Swoosh.apply(x, 1.0, 0.313261687)
+
+
+class _Gated(torch.autograd.Function):
+    """x * sigmoid(gate), which keeps no more than its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return gate.sigmoid().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (grad,) = grad_outputs
+        opening = gate.sigmoid()
+        slope = torch.addcmul(opening, opening, opening, value=-1.0)
+        return opening.mul_(grad), slope.mul_(x).mul_(grad)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * sigmoid(gate), element-wise."""
+    return _Gated.apply(x, gate)
+
+
+@contextmanager
+def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.
+
+    Args:
+        y: a tensor that costs little to compute and that nothing but the operations inside would keep.
+        compute: gives y anew, in the shape that it has in those operations; called without gradients and, for mixed
+            precision, as y was.
+    """
+    if not y.requires_grad:
+        yield
+        return
+    place, size, kind = y.data_ptr(), y.numel(), y.device.type
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad(), autocast:
+            return compute().reshape(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class SwooshR(nn.Module):
@@ -94,10 +146,15 @@ class SharedDropout(ScheduledModule):
         self.shared_dim = shared_dim
 
     def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x)
+        return x if mask is None else x * mask
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What x is multiplied by, drawn anew in each call; None for nothing."""
         p = self.value(self.p) if self.training else 0.0
         if p <= 0.0:
-            return x
+            return None
         shape = list(x.shape)
         shape[self.shared_dim] = 1
         keep = torch.rand(shape, device=x.device) > p
-        return x * (keep.to(x.dtype) * (1.0 / (1.0 - p)))
+        return keep.to(x.dtype) * (1.0 / (1.0 - p))

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc.activations import computed_again
 from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -115,7 +118,7 @@ class AttentionWeights(ScheduledModule):
         self.query_dim = num_heads * query_head_dim
         self.pos_query_dim = num_heads * pos_head_dim
         self.pos_emb_skip_rate = Schedule((0, 0.5), (4000, 0.0))
-        self.in_proj = nn.Linear(embed_dim, 2 * self.query_dim + self.pos_query_dim)
+        self.in_proj = Linear(embed_dim, 2 * self.query_dim + self.pos_query_dim)
         # Stands for the usual scaling of the scores.
         scale_initial_values(self.in_proj, query_head_dim**-0.25)
         self.linear_pos = nn.Linear(pos_dim, self.pos_query_dim, bias=False)
@@ -147,13 +150,13 @@ class AttentionWeights(ScheduledModule):
         if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
             pos_key = self.linear_pos(pos_emb[0]).unflatten(-1, (self.num_heads, -1))  # (2T - 1, H, c)
             by_offset = torch.matmul(per_head(pos_query), pos_key.permute(1, 2, 0)[:, None])  # (H, N, T, 2T - 1)
-            scores = scores + _AlignOffsets.apply(by_offset)
+            scores += _AlignOffsets.apply(by_offset)
         if self.training and random.random() < self.penalty_prob:
-            scores = penalise_large_values(scores, limit=25.0, penalty=1e-4)
+            scores = penalise_large_values(scores, limit=25.0, penalty=1e-4).clone()  # no view, so it can be filled
         if attn_mask is not None:
-            scores = scores.masked_fill(attn_mask, MASKED_SCORE)
+            scores.masked_fill_(attn_mask, MASKED_SCORE)
         if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None], MASKED_SCORE)
+            scores.masked_fill_(key_padding_mask[:, None], MASKED_SCORE)
         return scores.softmax(dim=-1)
 
 
@@ -169,8 +172,8 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, value_head_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj = nn.Linear(embed_dim, num_heads * value_head_dim)
-        self.out_proj = nn.Linear(num_heads * value_head_dim, embed_dim)
+        self.in_proj = Linear(embed_dim, num_heads * value_head_dim)
+        self.out_proj = Linear(num_heads * value_head_dim, embed_dim)
         scale_initial_values(self.out_proj, 0.05)
         self.whiten = Whiten(1, Schedule((0, 7.5), (20000, 22.5), default=7.5), grad_scale=0.01)
 
@@ -191,7 +194,7 @@ class NonlinAttention(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(channels, 3 * hidden_channels)
+        self.in_proj = Linear(channels, 3 * hidden_channels)
         self.balancer = Balancer(
             -1,
             min_positive=Schedule((0, 0.25), (20000, 0.05)),
@@ -200,7 +203,7 @@ class NonlinAttention(nn.Module):
             max_abs=5.0,
         )
         self.whiten1 = Whiten(1, Schedule((0, 5.0), (20000, 10.0), default=5.0), grad_scale=0.01)
-        self.out_proj = nn.Linear(hidden_channels, channels)
+        self.out_proj = Linear(hidden_channels, channels)
         scale_initial_values(self.out_proj, 0.05)
         self.whiten2 = Whiten(1, Schedule((0, 5.0), (20000, 15.0), default=5.0), grad_scale=0.01)
 
@@ -210,7 +213,9 @@ class NonlinAttention(nn.Module):
         z = torch.tanh(self.balancer(s)) * self.whiten1(v)
         z = z.unflatten(-1, (attn_weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
         z = torch.matmul(attn_weights, z).permute(2, 1, 0, 3).flatten(2)  # (T, N, E)
-        return self.whiten2(self.out_proj(z * y))
+        product = z * y
+        with computed_again(product, partial(torch.mul, z.detach(), y.detach())):
+            return self.whiten2(self.out_proj(product))
 
 
 def uniform_attention(attn_weights: Tensor) -> Tensor:

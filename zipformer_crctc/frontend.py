@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, swoosh_l
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, swoosh_l
+from zipformer_crctc.products import Linear, linear
 from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -38,6 +38,16 @@ def check_lengths(features: Tensor, num_frames: Tensor) -> None:
         )
 
 
+class PointwiseConv(nn.Conv2d):
+    """A convolution of single places, (N, C, T', F') to (N, O, T', F'): with channels last it is a linear layer."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ConvNeXt(ScheduledModule):
     """Depthwise 7x7 convolution, two pointwise ones and a residual connection, with layer-drop per utterance.
 
@@ -50,9 +60,9 @@ class ConvNeXt(ScheduledModule):
         super().__init__()
         self.layerdrop_rate = Schedule((0, 0.2), (20000, 0.015))
         self.depthwise_conv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.pointwise_conv1 = nn.Conv2d(channels, hidden_channels, kernel_size=1)
+        self.pointwise_conv1 = PointwiseConv(channels, hidden_channels)
         self.hidden_balancer = Balancer(1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
-        self.pointwise_conv2 = nn.Conv2d(hidden_channels, channels, kernel_size=1)
+        self.pointwise_conv2 = PointwiseConv(hidden_channels, channels)
         scale_initial_values(self.pointwise_conv2, 0.01)
         self.out_balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
         self.out_whiten = Whiten(1, whitening_limit=5.0, grad_scale=0.01)
@@ -60,8 +70,14 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        residual = self.pointwise_conv1(self.depthwise_conv(inner))
-        residual = self.pointwise_conv2(swoosh_l(self.hidden_balancer(residual)))
+        narrow = self.depthwise_conv(inner)
+        again = narrow.detach()
+        # The hidden image is the largest array of the model: it is not kept, nor is its activation.
+        hidden = self.hidden_balancer(self.pointwise_conv1(narrow))
+        with computed_again(hidden, lambda: self.pointwise_conv1(again)):
+            active = swoosh_l(hidden)
+        with computed_again(active, lambda: swoosh_l(self.pointwise_conv1(again)).permute(0, 2, 3, 1)):
+            residual = self.pointwise_conv2(active)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)
@@ -103,7 +119,7 @@ class Conv2dSubsampling(nn.Module):
             SwooshR(),
         )
         self.convnext = ConvNeXt(third, hidden_channels)
-        self.out = nn.Linear((((feature_dim - 1) // 2) - 1) // 2 * third, embed_dim)
+        self.out = Linear((((feature_dim - 1) // 2) - 1) // 2 * third, embed_dim)
         self.out_whiten = Whiten(1, whitening_limit=Schedule((0, 4.0), (20000, 8.0), default=4.0), grad_scale=0.02)
         self.out_norm = BiasNorm(embed_dim)
         self.dropout = SharedDropout(dropout, shared_dim=1)
@@ -130,7 +146,7 @@ class Conv2dSubsampling(nn.Module):
         x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)
         # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
-        x = F.linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+        x = linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
         x = self.out_norm(self.out_whiten(x))
         return self.dropout(x), lengths
 

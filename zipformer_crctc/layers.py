@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, swoosh_l, swoosh_r
+from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, gated, swoosh_l, swoosh_r
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -31,17 +33,25 @@ class FeedForward(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, dropout: float | Schedule = 0.0) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(embed_dim, hidden_dim)
+        self.in_proj = Linear(embed_dim, hidden_dim)
         self.hidden_balancer = Balancer(-1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
         self.dropout = SharedDropout(dropout, shared_dim=0)
-        self.out_proj = nn.Linear(hidden_dim, embed_dim)
+        self.out_proj = Linear(hidden_dim, embed_dim)
         scale_initial_values(self.out_proj, 0.1)
         self.out_whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, N, C) to the same shape."""
-        hidden = swoosh_l(self.hidden_balancer(self.in_proj(x)))
-        return self.out_whiten(self.out_proj(self.dropout(hidden)))
+        hidden = self.hidden_balancer(self.in_proj(x))
+        mask = self.dropout.mask(hidden)
+
+        def activate(hidden: Tensor) -> Tensor:
+            return swoosh_l(hidden) if mask is None else swoosh_l(hidden) * mask
+
+        active = activate(hidden)
+        with computed_again(active, partial(activate, hidden.detach())):
+            y = self.out_proj(active)
+        return self.out_whiten(y)
 
 
 def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -122,7 +132,7 @@ class ConvModule(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, causal: bool) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(channels, 2 * channels)
+        self.in_proj = Linear(channels, 2 * channels)
         self.balancer1 = Balancer(
             -1,
             min_positive=Schedule((0, 0.05), (8000, 0.025)),
@@ -143,7 +153,7 @@ class ConvModule(nn.Module):
             max_abs=10.0,
         )
         self.whiten = Whiten(1, Schedule((0, 7.5), (20000, 15.0), default=7.5), grad_scale=0.01)
-        self.out_proj = nn.Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
         scale_initial_values(self.out_proj, 0.05)
 
     def forward(
@@ -155,15 +165,17 @@ class ConvModule(nn.Module):
     ) -> Tensor:
         """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
         v, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = v * torch.sigmoid(self.balancer1(gate))
+        u = gated(v, self.balancer1(gate))
         if key_padding_mask is not None:
-            u = u.masked_fill(key_padding_mask.t()[:, :, None], 0.0)
+            u.masked_fill_(key_padding_mask.t()[:, :, None], 0.0)
         if isinstance(self.depthwise_conv, ChunkCausalConv):
             u = self.depthwise_conv(u, chunk_size, lengths)
         else:
             u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
-        return self.out_proj(swoosh_r(u))
+        active = swoosh_r(u)
+        with computed_again(active, partial(swoosh_r, u.detach())):
+            return self.out_proj(active)
 
 
 class Bypass(ScheduledModule):

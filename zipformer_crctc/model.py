@@ -13,6 +13,7 @@ from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.encoder import Zipformer
 from zipformer_crctc.frontend import Conv2dSubsampling, padding_mask
 from zipformer_crctc.layers import LayerSizes
+from zipformer_crctc.products import Linear
 from zipformer_crctc.schedule import Schedule
 
 FEATURE_DIM = 80
@@ -31,7 +32,7 @@ class CtcModel(nn.Module):
         super().__init__()
         self.encoder_embed = encoder_embed
         self.encoder = encoder
-        self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(max(encoder.encoder_dim), vocab_size))
+        self.ctc_output = nn.Sequential(nn.Dropout(0.1), Linear(max(encoder.encoder_dim), vocab_size))
 
     def forward(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities of a batch.

@@ -18,6 +18,7 @@ from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader
+from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.pretrained import Weights, average_weights, file_weights
 from zipformer_crctc.results import file_suffix
@@ -69,6 +70,7 @@ def load_recogniser(args: DecodeArgs) -> Recogniser:
         ValueError: a GPU is wanted that is not there.
     """
     decode = args.decode
+    keep_freed_memory()
     if decode.num_threads:
         torch.set_num_threads(decode.num_threads)
     if decode.checkpoint is not None:

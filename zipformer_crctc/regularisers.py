@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc.products import linear, over_rows
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 
@@ -126,16 +127,16 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
         the metric, a scalar, and its gradient with respect to x, shaped like x.
     """
     channels = x.shape[-1]
-    rows = x.reshape(-1, num_groups, channels // num_groups).transpose(0, 1)  # (G, frames, C/G)
-    rows = rows - rows.mean(dim=1, keepdim=True)
-    covariance = torch.matmul(rows.transpose(1, 2), rows)  # (G, C/G, C/G)
-    mean_diagonal = covariance.diagonal(dim1=1, dim2=2).sum() / channels
-    mean_square = covariance.square().sum() / channels
+    rows = x.reshape(-1, channels)
+    groups = (rows - rows.mean(dim=0)).chunk(num_groups, dim=1)  # (frames, C/G) each
+    covariances = [over_rows(group, group) for group in groups]  # (C/G, C/G) each
+    mean_diagonal = torch.stack([cov.diagonal().sum() for cov in covariances]).sum() / channels
+    mean_square = torch.stack([cov.square().sum() for cov in covariances]).sum() / channels
     denominator = mean_diagonal.square() + 1e-20
     metric = mean_square / denominator
-    slope = covariance - torch.diag_embed((metric * mean_diagonal).expand(covariance.shape[:2]))
-    gradient = torch.matmul(rows, slope) * (4.0 / (channels * denominator))
-    return metric, gradient.transpose(0, 1).reshape(x.shape)
+    diagonal = (metric * mean_diagonal).expand(channels // num_groups).diag()
+    pushes = [linear(group, cov - diagonal) for group, cov in zip(groups, covariances, strict=True)]
+    return metric, (torch.cat(pushes, dim=1) * (4.0 / (channels * denominator))).view(x.shape)
 
 
 class _WhitenFunction(torch.autograd.Function):

@@ -35,6 +35,7 @@ from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.distributed import Process, launch, process_group
 from zipformer_crctc.filters import FilterLimits, TrainingFilter
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader, build_train_loader
+from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.objective import Objective, TargetEncoder
 from zipformer_crctc.optim import Eden, ScaledAdam
@@ -128,6 +129,7 @@ def run(rank: int, world_size: int, args: TrainArgs, sets: DataSets) -> None:
         if not config.train.dry_run and (stale := checkpoint.remove_stale(config.train.exp_dir)):
             logger.info("deleted %d files that a killed process left half-written", len(stale))
     train = config.train
+    keep_freed_memory()
     with (
         Preemption() as preemption,
         process_group(rank, world_size, train.device, train.num_threads, train.process_timeout) as process,

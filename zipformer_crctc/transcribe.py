@@ -25,6 +25,7 @@ from zipformer_crctc.checks import check_decode
 from zipformer_crctc.commandline import run_program, search_warnings
 from zipformer_crctc.config import DataConfig, DecodeConfig
 from zipformer_crctc.flags import add_flags, raise_if_any, read_flags, to_plain
+from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.shar import Skipped
 from zipformer_crctc.sources import find_sources
@@ -169,6 +170,7 @@ def run(args: TranscribeArgs) -> None:
 def _recognizer(args: TranscribeArgs) -> PhoneRecognizer:
     config, decode = args.config, args.decode
     assert config.model is not None
+    keep_freed_memory()
     if decode.num_threads:
         torch.set_num_threads(decode.num_threads)
     return PhoneRecognizer.from_pretrained(

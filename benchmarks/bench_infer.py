@@ -1,0 +1,97 @@
+"""Speed and memory of recognition, ours and the peer's in turn.
+
+    python benchmarks/bench_infer.py --peer zipformer-0.1.3-py3-none-any.whl --threads 2 --sizes small
+
+`features to phones` is the network and greedy search; `FLAC to phones` also reads FLAC files and computes filterbanks.
+Files, filterbanks and search are ours for the peer too, so the rows differ by the networks. Rows go to
+benchmarks/results/infer.json: seconds of audio recognised per second, and the peak memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peer, speed
+from benchmarks.results_file import result_path
+from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
+from zipformer_crctc.audio import load_audio
+from zipformer_crctc.features import SAMPLING_RATE, Fbank
+from zipformer_crctc.memory import keep_freed_memory
+from zipformer_crctc.model import build_model
+from zipformer_crctc.presets import PRESETS
+from zipformer_crctc.search import greedy_search
+from zipformer_crctc.tokenizer import PhoneTokenizer
+
+OUTPUT = result_path("infer")
+FEATURES, AUDIO = "features to phones", "FLAC to phones"
+
+
+def main() -> None:
+    args = speed.parser(__doc__, ["small"], OUTPUT).parse_args()
+    for case in speed.cases(args, [FEATURES, AUDIO]):
+        rows = speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
+        speed.write(args.output, rows)
+
+
+class Isolated(nn.Module):
+    """A model of ours as recognition uses it: what follows an utterance in the batch does not change it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """As `CtcModel.forward`."""
+        return self.model(features, num_frames, isolate=True)
+
+
+def make(case: Case, who: str) -> Work:
+    """Recognition by ours or by the peer's network."""
+    torch.set_grad_enabled(False)
+    tokenizer = PhoneTokenizer.from_table()
+    if who == OURS:
+        keep_freed_memory()  # as our programs do
+        model: nn.Module = Isolated(build_model(PRESETS[case.size]().model, tokenizer.vocab_size))
+    else:
+        model = peer.PeerModel(peer.load(case.peer_path), case.size, tokenizer.vocab_size, BATCH_COUNT)
+    model = model.to(case.device).eval()
+    autocast = torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=case.bf16)
+    fbank = Fbank()
+    rng = np.random.default_rng(0)
+    files = tempfile.TemporaryDirectory()
+    paths = [Path(files.name) / f"{number}.flac" for number in range(case.utterances)]
+    for path in paths:
+        noise = 0.1 * rng.standard_normal(round(case.seconds * SAMPLING_RATE))
+        soundfile.write(path, noise.astype(np.float32), SAMPLING_RATE, subtype="PCM_16")
+
+    def read() -> Tensor:
+        return torch.stack(fbank.batch([torch.from_numpy(load_audio(path)[0]) for path in paths]))
+
+    features = read().to(case.device)
+    num_frames = torch.full((case.utterances,), features.shape[1], device=case.device)
+
+    def recognise(given: Tensor) -> list[list[str]]:
+        with autocast:
+            log_probs, lengths = model(given, num_frames)
+        return [tokenizer.phones(found.tokens) for found in greedy_search(log_probs, lengths)]
+
+    def from_features() -> object:
+        return recognise(features)
+
+    def from_files() -> object:
+        return files, recognise(read().to(case.device))  # the files live as long as this function
+
+    return Work(from_files if case.kind == AUDIO else from_features, model, 1.0, from_features)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What the speed benchmarks of the model share: cases, the processes that are timed in turn, and the rows of results.
+
+Ours and the peer each run in a process of their own, which also gives the peak memory; both are kept alive and take
+their steps in turn, so that a busy machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import peer
+from benchmarks.results_file import row, write_rows
+from zipformer_crctc import products
+
+OURS = "ours"
+BATCH_COUNT = 20_000.0
+"""The adjusted batch count at which every schedule and regulariser is on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    kind: str
+    """of the work: a key of the steps that the benchmark knows"""
+    size: str
+    """preset"""
+    utterances: int
+    seconds: float
+    """length of each utterance"""
+    device: str
+    bf16: bool
+    threads: int
+    """CPU threads; 0 keeps torch's own choice"""
+    peer_path: str | None = None
+    """folder or wheel of the peer; None is the installed package"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.size}, {self.utterances} x {self.seconds:g} s, {'bf16' if self.bf16 else 'fp32'}"
+
+    @property
+    def audio(self) -> float:
+        """Seconds of audio in a step."""
+        return self.utterances * self.seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process does again and again."""
+
+    step: Callable[[], Any]
+    model: torch.nn.Module
+    forwards: float
+    """Passes through the encoder in a step: a backward pass counts for two, two views double all."""
+    forward: Callable[[], Any]
+    """One pass, to count operations."""
+
+
+Maker = Callable[[Case, str], Work]
+"""From a case, and `ours` or the name of the peer, to the work."""
+
+
+class Worker:
+    """A process that takes steps when asked to.
+
+    Args:
+        make: what makes its work; a function of a module.
+        case: what is timed.
+        who: ours, or the peer's name.
+    """
+
+    def __init__(self, make: Maker, case: Case, who: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(make, case, who, other), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, what: str) -> Any:
+        """The answer to `step`, `memory`, `operations` or `profile`."""
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send("end")
+        self.process.join()
+
+
+def _serve(make: Maker, case: Case, who: str, pipe: Connection) -> None:
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    work = make(case, who)
+    answers: dict[str, Callable[[], Any]] = {
+        "step": lambda: _seconds(work.step, case.device),
+        "memory": lambda: _peak_memory(case.device),
+        "operations": lambda: _operations(work.forward) * work.forwards,
+        "profile": lambda: _profile(work, case.device),
+    }
+    while (asked := pipe.recv()) != "end":
+        pipe.send(answers[asked]())
+
+
+def _seconds(step: Callable[[], Any], device: str) -> float:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _peak_memory(device: str) -> float:
+    """GiB: on a GPU what torch has allocated at most, on a CPU the resident memory of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _operations(forward: Callable[[], Any]) -> float:
+    """Floating-point operations of the matrix products and convolutions of a pass."""
+    available, products.HAS_ONEDNN = products.HAS_ONEDNN, False  # its operator is not known to the counter
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    products.HAS_ONEDNN = available
+    return float(counter.get_total_flops())
+
+
+def _profile(work: Work, device: str) -> dict[str, float]:
+    from benchmarks.parts import seconds_by_part
+
+    return seconds_by_part(work.model, work.step, device)
+
+
+def matrix_rate(device: str, threads: int, bf16: bool) -> float:
+    """Operations per second of a large matrix product, the best of some."""
+    if threads:
+        torch.set_num_threads(threads)
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    x, weight = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    with torch.no_grad():
+        return 2 * size**3 / min(_seconds(lambda: products.linear(x, weight), device) for _ in range(20))
+
+
+def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, unit: str) -> list[dict[str, Any]]:
+    """Rows of speed and memory of one case, ours against the peer."""
+    workers = {OURS: Worker(make, case, OURS)}
+    absent = peer.why_absent(case.peer_path) if case.size in peer.SIZES else "has no such size"
+    if absent is None:
+        workers[peer.NAME] = Worker(make, case, peer.NAME)
+    else:
+        print(f"{case.name}: no peer: {peer.NAME} {absent}", flush=True)
+    operations = workers[OURS].ask("operations")
+    times: dict[str, list[float]] = {who: [] for who in workers}
+    for number in range(warmup + steps):
+        for who, worker in workers.items():
+            seconds = worker.ask("step")
+            if number >= warmup:
+                times[who].append(seconds)
+    memory = {who: worker.ask("memory") for who, worker in workers.items()}
+    if profile:
+        for who, worker in workers.items():
+            _print_parts(case, who, worker.ask("profile"))
+    for worker in workers.values():
+        worker.close()
+    rate = matrix_rate(case.device, case.threads, case.bf16)
+    median = {who: statistics.median(values) for who, values in times.items()}
+    speed = {who: case.audio / value for who, value in median.items()}
+    details = {
+        "step_seconds": {who: [round(f(times[who]), 4) for f in (min, statistics.median, max)] for who in workers},
+        "matrix_rate": round(rate / 1e9, 1),
+        "share_of_matrix_rate": round(operations / median[OURS] / rate, 3),
+    }
+    return [
+        _row(case, unit, speed, details, higher_is_better=True),
+        _row(replace(case, kind=f"{case.kind}, memory"), "GiB", memory, {}, higher_is_better=False),
+    ]
+
+
+def _row(
+    case: Case, unit: str, values: dict[str, float], details: dict[str, Any], higher_is_better: bool
+) -> dict[str, Any]:
+    """One row of a results file. The ratio is above 1 where ours is faster or smaller."""
+    on_gpu = torch.device(case.device).type == "cuda"
+    threads = case.threads or torch.get_num_threads()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread(s)"
+    ours, other = values[OURS], values.get(peer.NAME)
+    ratio = None if other is None else round(ours / other if higher_is_better else other / ours, 2)
+    timed = None if other is None else {"name": peer.NAME, "speed": round(other, 3)}
+    return row(case.name, unit, round(ours, 3), timed, ratio, device=device, **details)
+
+
+def _print_parts(case: Case, who: str, parts: dict[str, float]) -> None:
+    total = sum(parts.values())
+    print(f"{case.name}, {who}: one step of {total:.3f} s by part", flush=True)
+    for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"  {part:24} {seconds:8.3f} s {100 * seconds / total:5.1f} %", flush=True)
+
+
+def parser(description: str | None, default_sizes: list[str], output: Path) -> argparse.ArgumentParser:
+    """The flags of every speed benchmark."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--sizes", nargs="+", choices=["tiny", "small", "large"], default=default_sizes)
+    made.add_argument("--utterances", type=int, default=4, help="in a batch; training has two views of each")
+    made.add_argument("--seconds", type=float, default=10.0, help="length of each utterance")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's own choice")
+    made.add_argument("--steps", type=int, default=5, help="timed steps of each; the median counts")
+    made.add_argument("--warmup", type=int, default=2, help="steps before that")
+    made.add_argument("--peer", metavar="PATH", help="folder or wheel of the peer; default: the installed package")
+    made.add_argument("--profile", action="store_true", help="print the time of a step by part of the model")
+    made.add_argument("--output", type=Path, default=output, help="JSON file; rows of other cases in it are kept")
+    return made
+
+
+def cases(args: argparse.Namespace, kinds: list[str]) -> list[Case]:
+    """The cases that the flags name."""
+    return [
+        Case(kind, size, args.utterances, args.seconds, args.device, args.bf16, args.threads, args.peer)
+        for kind in kinds
+        for size in args.sizes
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a results file, in place of those of the same case and device."""
+
+    def key(item: dict[str, Any]) -> tuple[str, ...]:
+        return item["case"], item["device"], item["unit"]
+
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    new = {key(item) for item in rows}
+    write_rows(path, [item for item in old if key(item) not in new] + rows)

@@ -1,0 +1,23 @@
+"""How the C library gives memory back: for programs whose arrays come and go in every step."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+"""Parameters of glibc's mallopt, from malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Keep what is freed for what is asked for next, in the whole process; without glibc nothing changes.
+
+    glibc returns large arrays to the system and gets them anew, page by page and filled with zeros: in training steps
+    on a CPU that was a third of the time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
