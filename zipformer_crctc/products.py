@@ -51,7 +51,7 @@ def _suits_onednn(x: Tensor, other: Tensor) -> bool:
         HAS_ONEDNN
         # What is exported runs elsewhere.
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
         and x.numel() >= MIN_ROWS * x.shape[-1]
