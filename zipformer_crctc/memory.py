@@ -5,19 +5,21 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
+M_MMAP_THRESHOLD = -3
 """Parameters of glibc's mallopt, from malloc.h."""
+OWN_PAGES_FROM = 1 << 25
+"""Bytes of an array that still gets pages of its own, returned when it is freed; kept, such arrays would leave gaps."""
 
 
 def keep_freed_memory() -> None:
     """Keep what is freed for what is asked for next, in the whole process; without glibc nothing changes.
 
-    glibc returns large arrays to the system and gets them anew, page by page and filled with zeros: in training steps
-    on a CPU that was a third of the time.
+    glibc returns what is free at the end of its memory to the system and gets it anew, page by page and filled with
+    zeros: in training steps on a CPU that was a third of the time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return
-    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
     mallopt(M_TRIM_THRESHOLD, -1)
