@@ -96,8 +96,9 @@ def test_a_table_gives_the_same_as_a_set(model: Path, tmp_path: Path, capsys: py
     by_shar, by_table = read(tmp_path / "shar"), read(tmp_path / "table")
     assert list(by_table) == ["one", "two"]
     for name in by_table:
-        for key in ("phones", "starts", "ends"):
-            assert by_table[name][key] == by_shar[name][key], (name, key)
+        assert by_table[name]["phones"] == by_shar[name]["phones"]
+        for key in ("starts", "ends"):  # rounded to 0.1 ms
+            assert by_table[name][key] == pytest.approx(by_shar[name][key], abs=1.01e-4), (name, key)
 
 
 @pytest.mark.parametrize(
