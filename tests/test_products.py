@@ -12,6 +12,11 @@ from zipformer_crctc.products import Linear, linear, over_rows
 needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="oneDNN or AVX-512 is not there")
 
 
+@pytest.fixture(autouse=True)
+def _for_small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "MIN_SIZE", 64 * 30)
+
+
 @pytest.mark.parametrize("shape", [(64, 30), (33, 4, 30), (7, 30), (9000, 30)])
 @pytest.mark.parametrize("out", [20, 50])
 @pytest.mark.parametrize("bias", [True, False])

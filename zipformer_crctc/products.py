@@ -7,14 +7,18 @@ R rows, I and O channels.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Read by oneDNN at its first product: programs for shapes, of which batches of many lengths have more than its 1024.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_ROWS = 64
-"""Smaller products are as fast the plain way."""
+MIN_SIZE = 1 << 26
+"""Rows times input times output channels; smaller products gain nothing, and each new shape costs milliseconds."""
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
 
@@ -36,17 +40,18 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear: (..., I), (O, I) and (O,) to (..., O)."""
-    if _suits_onednn(x, weight):
+    if _suits_onednn(x, weight, weight.shape[0]):
         return _OnednnLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def over_rows(a: Tensor, b: Tensor) -> Tensor:
     """The sum over rows of their outer products: (R, O) and (R, I) to (O, I). No gradient passes through it."""
-    return _onednn_over_rows(_to_grid(a), _to_grid(b)) if _suits_onednn(a, b) else torch.mm(a.t(), b)
+    return _onednn_over_rows(_to_grid(a), _to_grid(b)) if _suits_onednn(a, b, b.shape[1]) else torch.mm(a.t(), b)
 
 
-def _suits_onednn(x: Tensor, other: Tensor) -> bool:
+def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
+    """size: the channels of the product that x has not."""
     return (
         HAS_ONEDNN
         # What is exported runs elsewhere.
@@ -54,7 +59,7 @@ def _suits_onednn(x: Tensor, other: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
-        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and x.numel() * size >= MIN_SIZE
         and not torch.is_autocast_enabled("cpu")
     )
 
