@@ -71,6 +71,13 @@ def test_sets_by_name_kind_and_folder(trained: tuple[Path, Path], tmp_path: Path
         decode.choose_test_sets(("nonsense",), corpus)
 
 
+def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, two, other = (str(tmp_path / name) for name in ("a/swa/test", "b/swa/test", "b/swh/test"))
+    assert list(decode.choose_test_sets((one, other, one), tmp_path)) == ["swa-test", "swh-test"]
+    with pytest.raises(ValueError, match=r"b/swa/test: is named swa-test like .*a/swa/test"):
+        decode.choose_test_sets((one, two), tmp_path)
+
+
 def test_every_utterance_is_decoded_once_whatever_the_workers(trained: tuple[Path, Path]) -> None:
     corpus, run = trained
     decode.main([*flags(corpus, run, "--iter", 6, "--avg", 1, "--test-sets", "dev"), "--num-workers", "2"])
