@@ -204,7 +204,9 @@ def test_search_suffixes_tell_runs_apart() -> None:
     variants: list[dict[str, Any]] = [
         *({"beam": 4}, {"lm": Path("x/a.arpa.gz")}, {"lm": Path("b.arpa")}, {"lm": Path("b.arpa"), "lm_weight": 0.1}),
         *({"insertion_bonus": 1.0}, {"insertion_bonus": -1.0}, {"top_tokens": 9}, {"blank_skip": 0.99}),
-        *({"inventory": Path("swa.txt")}, {"blank_penalty": 0.5}),
+        *({"inventory": Path("swa.txt")}, {"inventory": Path("phones.swa.txt")}, {"inventory": Path("phones.deu.txt")}),
+        *({"blank_penalty": 0.5}, {"lm": Path("c.3gram.arpa.gz")}, {"lm": Path("c.4gram.arpa")}),
     ]
     suffixes = [search_suffix(replace(beam, **values)) for values in variants]
     assert len(set(suffixes)) == len(variants)
+    assert "-lm-a-0.3" in suffixes[1] and suffixes[-2].endswith("-lm-c.3gram-0.3")
