@@ -142,6 +142,8 @@ def measure(recogniser: Recogniser, loader: BatchLoader) -> dict[str, list[Timin
                 problem = "no phone alignment in the cut"
             elif [piece for event in pieces for piece in event] != without_boundary:
                 problem = "the events do not spell the text"
+            elif not all(pieces):
+                problem = "an event without a phone of the tokenizer"
             if problem is not None:
                 skipped.add(problem.split(":")[0], utterance.id)
                 continue
@@ -246,6 +248,12 @@ def fit_correction(timings: Sequence[Timing]) -> TimeCorrection:
         for pause in PAUSES
         if pause >= reach_before + reach_after
     ]
+
+    if not choices:
+        raise ValueError(
+            f"a phone reaches {reach_before + reach_after:g} seconds around its centre next to silence, more than any "
+            "pause that is tried; check the true times of the set"
+        )
 
     def cost(correction: TimeCorrection) -> float:
         return float(np.mean(np.abs(np.concatenate(edge_errors(timings, correction)))))
