@@ -102,6 +102,10 @@ def test_an_event_without_phones_is_counted() -> None:
     )
     found = measure(cast(Any, recogniser), cast(Any, [batch]))
     assert [t.num_events for t in found["forced alignment"]] == [1]
+    log_probs[1, 3, 7] = float("nan")
+    with pytest.raises(ValueError, match="utterance u: log_probs: NaN in row 1, frame 3"):
+        measure(cast(Any, recogniser), cast(Any, [batch]))
+    log_probs[1, 3, 7] = -1.0
     batch.utterances = spoken[:1] * 2
     with pytest.raises(ValueError, match="an event without a phone"):
         measure(cast(Any, recogniser), cast(Any, [batch]))

@@ -31,7 +31,7 @@ from zipformer_crctc.loader import BatchLoader
 from zipformer_crctc.metrics import align
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser
 from zipformer_crctc.results import write_atomically
-from zipformer_crctc.search import greedy_search
+from zipformer_crctc.search import greedy_search, naming
 from zipformer_crctc.shar import Skipped, Utterance
 from zipformer_crctc.text import normalise
 from zipformer_crctc.times import DIGITS, TimeCorrection, label_centres, spans
@@ -132,7 +132,8 @@ def measure(recogniser: Recogniser, loader: BatchLoader) -> dict[str, list[Timin
         log_probs, lengths = recogniser.log_probs(batch)
         tokens = [tokenizer.encode(normalise(text, tokenizer.pieces)) for text in batch.texts]
         forced = force_align(log_probs, lengths, tokens)
-        hypotheses = greedy_search(log_probs, lengths, factor=factor)
+        with naming([utterance.id for utterance in batch.utterances]):
+            hypotheses = greedy_search(log_probs, lengths, factor=factor)
         recognised = force_align(log_probs, lengths, [hypothesis.tokens for hypothesis in hypotheses])
         for n, utterance in enumerate(batch.utterances):
             pieces = _event_pieces(utterance, tokenizer)
