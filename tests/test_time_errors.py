@@ -102,6 +102,11 @@ def test_an_event_without_phones_is_counted() -> None:
     )
     found = measure(cast(Any, recogniser), cast(Any, [batch]))
     assert [t.num_events for t in found["forced alignment"]] == [1]
+    batch.texts, batch.utterances = ["tʰa"] * 2, [utterance(("tʰ", 0.1, 0.1), ("a", 0.2, 0.1))] * 2
+    for without, phones in ((False, 3), (True, 2)):
+        found = measure(cast(Any, recogniser), cast(Any, [batch]), without)
+        assert [len(t.centres) for t in found["forced alignment"]] == [phones, phones]
+    batch.texts, batch.utterances = ["at", "a"], spoken
     log_probs[1, 3, 7] = float("nan")
     with pytest.raises(ValueError, match="utterance u: log_probs: NaN in row 1, frame 3"):
         measure(cast(Any, recogniser), cast(Any, [batch]))
