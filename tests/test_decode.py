@@ -71,6 +71,13 @@ def test_sets_by_name_kind_and_folder(trained: tuple[Path, Path], tmp_path: Path
         decode.choose_test_sets(("nonsense",), corpus)
 
 
+def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, two, other = (str(tmp_path / name) for name in ("a/swa/test", "b/swa/test", "b/swh/test"))
+    assert list(decode.choose_test_sets((one, other, one), tmp_path)) == ["swa-test", "swh-test"]
+    with pytest.raises(ValueError, match=r"b/swa/test: is named swa-test like .*a/swa/test"):
+        decode.choose_test_sets((one, two), tmp_path)
+
+
 def test_every_utterance_is_decoded_once_whatever_the_workers(trained: tuple[Path, Path]) -> None:
     corpus, run = trained
     decode.main([*flags(corpus, run, "--iter", 6, "--avg", 1, "--test-sets", "dev"), "--num-workers", "2"])
@@ -197,7 +204,9 @@ def test_search_suffixes_tell_runs_apart() -> None:
     variants: list[dict[str, Any]] = [
         *({"beam": 4}, {"lm": Path("x/a.arpa.gz")}, {"lm": Path("b.arpa")}, {"lm": Path("b.arpa"), "lm_weight": 0.1}),
         *({"insertion_bonus": 1.0}, {"insertion_bonus": -1.0}, {"top_tokens": 9}, {"blank_skip": 0.99}),
-        *({"inventory": Path("swa.txt")}, {"blank_penalty": 0.5}),
+        *({"inventory": Path("swa.txt")}, {"inventory": Path("phones.swa.txt")}, {"inventory": Path("phones.deu.txt")}),
+        *({"blank_penalty": 0.5}, {"lm": Path("c.3gram.arpa.gz")}, {"lm": Path("c.4gram.arpa")}),
     ]
     suffixes = [search_suffix(replace(beam, **values)) for values in variants]
     assert len(set(suffixes)) == len(variants)
+    assert "-lm-a-0.3" in suffixes[1] and suffixes[-2].endswith("-lm-c.3gram-0.3")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from zipformer_crctc.time_errors import (
     error_table,
     fit_correction,
     matches,
+    measure,
     timing,
     true_events,
 )
@@ -83,6 +87,33 @@ def test_the_fit_finds_what_was_put_in() -> None:
     assert max(map(abs, [*inner, *silent])) < 1e-4
     with pytest.raises(ValueError, match="too few events"):
         fit_correction([])
+    with pytest.raises(ValueError, match="check the true times"):
+        fit_correction(made_up(TimeCorrection(before=0.03, after=0.7, pause=0.8)))
+
+
+def test_an_event_without_phones_is_counted() -> None:
+    """Such as a tone, which normalisation drops; the text without it is spelled by the others."""
+    tokenizer = PhoneTokenizer.from_table()
+    log_probs = torch.randn(2, 30, 127, generator=torch.Generator().manual_seed(0)).log_softmax(dim=2)
+    spoken = [utterance(("a", 0.1, 0.1), ("˥", 0.2, 0.1), ("t", 0.3, 0.1)), utterance(("a", 0.1, 0.1))]
+    batch = SimpleNamespace(is_empty=False, texts=["at", "a"], utterances=spoken)
+    recogniser = SimpleNamespace(
+        tokenizer=tokenizer, factor=1, log_probs=lambda batch: (log_probs, torch.tensor([30, 30]))
+    )
+    found = measure(cast(Any, recogniser), cast(Any, [batch]))
+    assert [t.num_events for t in found["forced alignment"]] == [1]
+    batch.texts, batch.utterances = ["tʰa"] * 2, [utterance(("tʰ", 0.1, 0.1), ("a", 0.2, 0.1))] * 2
+    for without, phones in ((False, 3), (True, 2)):
+        found = measure(cast(Any, recogniser), cast(Any, [batch]), without)
+        assert [len(t.centres) for t in found["forced alignment"]] == [phones, phones]
+    batch.texts, batch.utterances = ["at", "a"], spoken
+    log_probs[1, 3, 7] = float("nan")
+    with pytest.raises(ValueError, match="utterance u: log_probs: NaN in row 1, frame 3"):
+        measure(cast(Any, recogniser), cast(Any, [batch]))
+    log_probs[1, 3, 7] = -1.0
+    batch.utterances = spoken[:1] * 2
+    with pytest.raises(ValueError, match="an event without a phone"):
+        measure(cast(Any, recogniser), cast(Any, [batch]))
 
 
 def test_the_table() -> None:

@@ -132,6 +132,9 @@ def test_corrections_in_files(tmp_path: Path) -> None:
 
 
 def test_corrections_that_make_no_sense() -> None:
+    for inner in (float("nan"), float("inf")):  # JSON as Python reads it has both
+        with pytest.raises(ValueError, match="must be a number of seconds"):
+            TimeCorrection(inner=inner)
     with pytest.raises(ValueError, match="both must be above 0 seconds"):
         TimeCorrection(before=0.0)
     with pytest.raises(ValueError, match="must be at least before \\+ after"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from local import train_phone_lm
 from tiny_run import train_flags, write_corpus
@@ -36,6 +39,15 @@ def test_the_table_holds_what_decode_gives(tmp_path: Path, capsys: pytest.Captur
         bonus = 4.0 if "bonus-4" in path.name else 0.0
         weight = 0.2 if "lm-lm-0.2" in path.name else 1.0
         assert score_table(read_json_lines(path)).total.counts.per == pytest.approx(found[weight, bonus], abs=0.005)
+
+
+def test_references_lose_diacritics_as_in_decoding() -> None:
+    output = torch.zeros(1, 3, 127), torch.tensor([3])
+    recogniser = SimpleNamespace(tokenizer=PhoneTokenizer.from_table(), log_probs=lambda batch: output)
+    batch = SimpleNamespace(is_empty=False, texts=["tʰaː"])
+    for without, phones in ((False, ["t", "ʰ", "a", "ː"]), (True, ["t", "a"])):
+        (scored,) = tune_search.outputs(cast(Any, recogniser), cast(Any, [batch]), without)
+        assert scored.references == [phones]
 
 
 def test_without_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,4 +85,5 @@ def search_suffix(decode: DecodeConfig) -> str:
 
 
 def _stem(path: Path) -> str:
-    return path.name.split(".")[0]
+    """The name without .gz and the ending before it; dots within it stay, as in `phones.swa.txt`."""
+    return Path(path.name.removesuffix(".gz")).stem

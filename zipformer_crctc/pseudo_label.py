@@ -41,6 +41,7 @@ from zipformer_crctc.pseudoshards import (
 )
 from zipformer_crctc.recogniser import Recogniser, load_recogniser
 from zipformer_crctc.results import write_atomically
+from zipformer_crctc.search import naming
 from zipformer_crctc.shar import DataError, Shard, Skipped, find_shards
 from zipformer_crctc.tracking import set_up_logging
 
@@ -252,8 +253,9 @@ def score_shard(shard: Shard, labellers: Sequence[Labeller], data: DataConfig) -
     for batch in loader:
         if batch.is_empty:
             continue
-        hypotheses = [_phones(labeller, *labeller.recogniser.log_probs(batch)) for labeller in labellers]
         ids = [utterance.id for utterance in batch.utterances]
+        with naming(ids):
+            hypotheses = [_phones(labeller, *labeller.recogniser.log_probs(batch)) for labeller in labellers]
         durations = [utterance.duration for utterance in batch.utterances]
         for utterance in meter.measure(ids, durations, list(zip(*hypotheses, strict=True))):
             if utterance.id in found:

@@ -118,7 +118,7 @@ def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path
         data_config: read where it is needed.
 
     Raises:
-        ValueError: a name that is none of these, or nothing to decode.
+        ValueError: a name that is none of these, two folders that would get one name, or nothing to decode.
     """
     chosen: dict[str, Path] = {}
     names = [name for name in wanted or ("test",) if "/" not in name]
@@ -135,8 +135,15 @@ def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path
             chosen |= kinds[name] if name in kinds else {name: known[name]}
         if not chosen:
             sets.require(*[name for name in names if name in kinds])
-    # Two parts of a path tell sets of several corpora apart.
-    return chosen | {"-".join(Path(name).parts[-2:]).strip("/"): Path(name) for name in wanted if "/" in name}
+    for folder in dict.fromkeys(Path(name) for name in wanted if "/" in name):
+        name = "-".join(folder.parts[-2:]).strip("/")  # two parts of a path tell sets of several corpora apart
+        if name in chosen and chosen[name] != folder:
+            raise ValueError(
+                f"--test-sets {folder}: is named {name} like {chosen[name]}, and result files would collide; "
+                "run the program for each, or rename a folder"
+            )
+        chosen[name] = folder
+    return chosen
 
 
 def eval_loader(args: DecodeArgs, folder: Path, keep_alignment: bool = False) -> BatchLoader:

@@ -31,9 +31,9 @@ from zipformer_crctc.loader import BatchLoader
 from zipformer_crctc.metrics import align
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser
 from zipformer_crctc.results import write_atomically
-from zipformer_crctc.search import greedy_search
+from zipformer_crctc.search import greedy_search, naming
 from zipformer_crctc.shar import Skipped, Utterance
-from zipformer_crctc.text import normalise
+from zipformer_crctc.text import normalise, remove_diacritics
 from zipformer_crctc.times import DIGITS, TimeCorrection, label_centres, spans
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -105,7 +105,7 @@ def run(args: DecodeArgs) -> None:
     recogniser = load_recogniser(args)
 
     def timings(path: Path) -> dict[str, list[Timing]]:
-        return measure(recogniser, eval_loader(args, path, keep_alignment=True))
+        return measure(recogniser, eval_loader(args, path, keep_alignment=True), args.data.remove_diacritics)
 
     if fitting:
         forced = [timing for path in fitting.values() for timing in timings(path)[METHODS[0]]]
@@ -118,10 +118,10 @@ def run(args: DecodeArgs) -> None:
 
 
 @torch.inference_mode()
-def measure(recogniser: Recogniser, loader: BatchLoader) -> dict[str, list[Timing]]:
+def measure(recogniser: Recogniser, loader: BatchLoader, without_diacritics: bool = False) -> dict[str, list[Timing]]:
     """The timings of all utterances of a loader, by method; recognition is greedy.
 
-    Raises ValueError for a set without true times.
+    without_diacritics: delete diacritics from texts and events. Raises ValueError for a set without true times.
     """
     found: dict[str, list[Timing]] = {method: [] for method in METHODS}
     skipped = Skipped(max_examples=None)
@@ -130,18 +130,21 @@ def measure(recogniser: Recogniser, loader: BatchLoader) -> dict[str, list[Timin
         if batch.is_empty:
             continue
         log_probs, lengths = recogniser.log_probs(batch)
-        tokens = [tokenizer.encode(normalise(text, tokenizer.pieces)) for text in batch.texts]
+        tokens = [_tokens(text, tokenizer, without_diacritics) for text in batch.texts]
         forced = force_align(log_probs, lengths, tokens)
-        hypotheses = greedy_search(log_probs, lengths, factor=factor)
+        with naming([utterance.id for utterance in batch.utterances]):
+            hypotheses = greedy_search(log_probs, lengths, factor=factor)
         recognised = force_align(log_probs, lengths, [hypothesis.tokens for hypothesis in hypotheses])
         for n, utterance in enumerate(batch.utterances):
-            pieces = _event_pieces(utterance, tokenizer)
+            pieces = _event_pieces(utterance, tokenizer, without_diacritics)
             without_boundary = [token for token in tokens[n] if token != tokenizer.boundary_id]
             problem = forced[n].problem
             if utterance.alignment is None:
                 problem = "no phone alignment in the cut"
             elif [piece for event in pieces for piece in event] != without_boundary:
                 problem = "the events do not spell the text"
+            elif not all(pieces):
+                problem = "an event without a phone of the tokenizer"
             if problem is not None:
                 skipped.add(problem.split(":")[0], utterance.id)
                 continue
@@ -194,10 +197,15 @@ def true_events(utterance: Utterance) -> list[Event]:
     return [Event(start, end, silent[i], silent[i + 1]) for i, (start, end) in enumerate(times)]
 
 
-def _event_pieces(utterance: Utterance, tokenizer: PhoneTokenizer) -> list[list[int]]:
+def _tokens(text: str, tokenizer: PhoneTokenizer, without_diacritics: bool) -> list[int]:
+    text = normalise(text, tokenizer.pieces)
+    return tokenizer.encode(remove_diacritics(text) if without_diacritics else text)
+
+
+def _event_pieces(utterance: Utterance, tokenizer: PhoneTokenizer, without_diacritics: bool) -> list[list[int]]:
     """The tokens of each event."""
-    texts = (normalise(phones, tokenizer.pieces) for phones, _, _ in utterance.alignment or ())
-    return [[token for token in tokenizer.encode(text) if token != tokenizer.boundary_id] for text in texts]
+    events = (_tokens(phones, tokenizer, without_diacritics) for phones, _, _ in utterance.alignment or ())
+    return [[token for token in event if token != tokenizer.boundary_id] for event in events]
 
 
 def matches(ref: Sequence[str], hyp: Sequence[str]) -> list[int | None]:
@@ -246,6 +254,12 @@ def fit_correction(timings: Sequence[Timing]) -> TimeCorrection:
         for pause in PAUSES
         if pause >= reach_before + reach_after
     ]
+
+    if not choices:
+        raise ValueError(
+            f"a phone reaches {reach_before + reach_after:g} seconds around its centre next to silence, more than any "
+            "pause that is tried; check the true times of the set"
+        )
 
     def cost(correction: TimeCorrection) -> float:
         return float(np.mean(np.abs(np.concatenate(edge_errors(timings, correction)))))

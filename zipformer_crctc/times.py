@@ -11,6 +11,7 @@ Legend: N utterances, T' output frames, V pieces, L labels.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -49,6 +50,8 @@ class TimeCorrection:
     """Phones whose centres are further apart than this have silence between them."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.inner):
+            raise ValueError(f"inner: {self.inner}; must be a number of seconds")
         if not (self.before > 0 and self.after > 0):
             raise ValueError(f"before: {self.before}, after: {self.after}; both must be above 0 seconds")
         if not self.pause >= self.before + self.after:

@@ -31,7 +31,7 @@ from zipformer_crctc.frontend import MIN_FEATURE_FRAMES
 from zipformer_crctc.methods import build_search
 from zipformer_crctc.pretrained import find_weights
 from zipformer_crctc.recogniser import Recogniser, build_recogniser
-from zipformer_crctc.search import frame_time
+from zipformer_crctc.search import frame_time, naming
 from zipformer_crctc.sources import Source, find_sources
 from zipformer_crctc.timefiles import TimedUtterance
 from zipformer_crctc.times import (
@@ -278,7 +278,8 @@ class PhoneRecognizer:
         found: dict[int, tuple[list[int], LabelCentres, float]] = {}
         sizes = [len(piece.log_probs) for _, piece in pieces]
         for batch in _batches(range(len(pieces)), sizes, self.batch_frames // (2 * self.recogniser.factor)):
-            found |= zip(batch, self._search_batch([pieces[i][1] for i in batch]), strict=True)
+            with naming([pieces[i][0].source.id for i in batch]):
+                found |= zip(batch, self._search_batch([pieces[i][1] for i in batch]), strict=True)
         for i, (recording, piece) in enumerate(pieces):
             tokens, centres, score = found[i]
             start = frame_time(piece.first_frame, self.recogniser.factor) - frame_time(0, self.recogniser.factor)

@@ -7,6 +7,7 @@ the flags.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ from zipformer_crctc.methods import Search, build_search
 from zipformer_crctc.metrics import score
 from zipformer_crctc.ngram import read_arpa
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser
-from zipformer_crctc.text import normalise
+from zipformer_crctc.text import normalise, remove_diacritics
 from zipformer_crctc.tokenizer import PhoneTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,18 @@ def run(args: DecodeArgs) -> None:
     decode, own = args.decode, args.own
     if decode.lm is None:
         raise ConfigError(["--lm: give the language model whose weight is to be found."])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for warning in args.warnings:
+        logger.warning(warning)
     sets = choose_test_sets(decode.test_sets or ("dev",), args.data.data_config)
     recogniser = load_recogniser(args)
     lm = read_arpa(decode.lm, recogniser.tokenizer).to(recogniser.device)
-    batches = [batch for path in sets.values() for batch in outputs(recogniser, eval_loader(args, path))]
+    loaders = [eval_loader(args, path) for path in sets.values()]
+    batches = [batch for loader in loaders for batch in outputs(recogniser, loader, args.data.remove_diacritics)]
+    for name, loader in zip(sets, loaders, strict=True):
+        for what in (loader.order.skipped, loader.skipped):
+            if what.total:
+                logger.warning("%s: not decoded: %s", name, what.report())
     if not any(any(batch.references) for batch in batches):
         raise ValueError(f"{', '.join(sets)}: no references to score; name sets with texts by --test-sets")
     rates: dict[tuple[float, float], float] = {}
@@ -84,14 +95,18 @@ def run(args: DecodeArgs) -> None:
 
 
 @torch.inference_mode()
-def outputs(recogniser: Recogniser, loader: BatchLoader) -> list[Scored]:
-    """Log-probabilities of all utterances of a loader that have a reference, in its batches."""
+def outputs(recogniser: Recogniser, loader: BatchLoader, without_diacritics: bool = False) -> list[Scored]:
+    """Log-probabilities and references of all utterances of a loader, in its batches; references may be empty.
+
+    without_diacritics: delete diacritics from the references.
+    """
     tokenizer = recogniser.tokenizer
     found = []
     for batch in loader:
         if batch.is_empty:
             continue
         texts = [normalise(text, tokenizer.pieces) for text in batch.texts]
+        texts = [remove_diacritics(text) for text in texts] if without_diacritics else texts
         references = [without_boundaries(tokenizer.encode(text), tokenizer) for text in texts]
         found.append(Scored(*recogniser.log_probs(batch), references))
     return found
