@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -120,6 +121,25 @@ def test_what_is_computed_again_is_not_kept() -> None:
     assert calls == [False]
     want = torch.autograd.grad((swoosh_l(x) @ weight.t()).square().sum(), [x, weight])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_views_of_what_is_computed_again_stay_apart(order: tuple[int, int]) -> None:
+    """Also where it is laid out in memory in another way than before."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, requires_grad=True)
+    weight = torch.randn(3, 12)
+
+    def result(again: bool) -> Tensor:
+        y = swoosh_l(x)
+        compute = lambda: swoosh_l(x.detach()).permute(order).contiguous().permute(order)  # noqa: E731
+        with computed_again(y, compute) if again else nullcontext():
+            flat = (y.view(2, 12) @ weight.t()).square().sum()
+            transposed = (y.t() ** 3 * torch.arange(4.0)).sum()
+            return flat + transposed + (y[:2] ** 3).sum() + (y[:1].expand(4, 6) ** 3).sum()
+
+    (found,), (want,) = (torch.autograd.grad(result(again), x) for again in (True, False))
+    assert torch.equal(found, want)
 
 
 def test_gate() -> None:

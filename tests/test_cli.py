@@ -31,6 +31,12 @@ def test_every_program_is_there() -> None:
         assert callable(importlib.import_module(f"zipformer_crctc.{name}").main), name
 
 
+def test_the_readme_lists_every_program() -> None:
+    (listed,) = re.findall(r"`zipa ([\w-]+(?:\|[\w-]+)+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed.replace("-", "_").split("|")) == sorted(cli.PROGRAMS)
+    assert set(cli.ALIASES.values()) <= set(cli.PROGRAMS)
+
+
 def test_a_program_gets_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = status(capsys, "transcribe", "--model", "m.pt", "a.wav", "--print-config")
     assert code == 0 and json.loads(out)["inputs"] == ["a.wav"]

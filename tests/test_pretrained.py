@@ -78,15 +78,22 @@ def test_a_folder_with_one_averaged_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["tokenizer.model", "tokens.txt"])
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_an_exported_folder(tmp_path: Path, tokens: str, prefix: str) -> None:
+@pytest.mark.parametrize("for_transformers", [False, True])
+def test_an_exported_folder(tmp_path: Path, tokens: str, for_transformers: bool) -> None:
+    """Also as save_pretrained.py writes it: another prefix, and the sizes in a field of their own."""
+    prefix = "model." if for_transformers else ""
     payload = checkpoint.load(write_checkpoint(tmp_path / "model.pt"))
     folder = tmp_path / "exported"
     folder.mkdir()
     save_file(
         {prefix + name: tensor.contiguous() for name, tensor in payload["model"].items()}, folder / "model.safetensors"
     )
-    config = {"model_type": "zipformer-crctc", "architectures": ["X"], **payload["config"]["model"]}
+    sizes = payload["config"]["model"]
+    config = {
+        "model_type": "zipformer-crctc",
+        "architectures": ["X"],
+        **({"sizes": sizes} if for_transformers else sizes),
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = PhoneTokenizer.from_bytes(payload["tokenizer"])
     if tokens == "tokens.txt":
@@ -98,9 +105,10 @@ def test_an_exported_folder(tmp_path: Path, tokens: str, prefix: str) -> None:
     )
     assert exported.config == ours.config and exported.tokenizer.pieces == ours.tokenizer.pieces
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), exported.model.parameters(), strict=True))
-    (folder / "config.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
-        find_weights(folder)
+    for text in ("[", "[]", '{"sizes": 1}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+            find_weights(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         find_weights(folder)

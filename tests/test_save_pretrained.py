@@ -17,7 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from small_models import SMALL_MODEL, draw_parameters, small_model
 from zipformer_crctc.features import Fbank
 from zipformer_crctc.modelcard import model_card
-from zipformer_crctc.recogniser import Recogniser
+from zipformer_crctc.pretrained import find_weights
+from zipformer_crctc.recogniser import Recogniser, build_recogniser
 from zipformer_crctc.save_pretrained import REMOTE_CODE, read_summaries, save_pretrained
 from zipformer_crctc.search import greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
@@ -77,6 +78,16 @@ def test_weights_are_those_of_the_model_in_safetensors(recogniser: Recogniser, l
     got = model.model.state_dict()
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_the_folder_is_a_model_for_transcription(recogniser: Recogniser, loaded: tuple[Any, Any, Path]) -> None:
+    """Heads and kernels of this model are not those that the tensors alone would tell."""
+    weights = find_weights(loaded[2])
+    assert weights.config == recogniser.config
+    ours = build_recogniser(weights, {}, device="cpu")
+    assert ours.tokenizer.pieces == recogniser.tokenizer.pieces
+    want = recogniser.model.state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in ours.model.state_dict().items())
 
 
 def test_the_usual_lines_find_the_phones_of_decoding(

@@ -75,24 +75,30 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.
 
     Args:
-        y: a tensor that costs little to compute and that nothing but the operations inside would keep.
-        compute: gives y anew, in the shape that it has in those operations; called without gradients and, for mixed
-            precision, as y was.
+        y: a tensor that costs little to compute and that nothing but the operations inside would keep; without gaps in
+            memory.
+        compute: gives y anew, in its shape; called without gradients and, for mixed precision, as y was.
     """
     if not y.requires_grad:
         yield
         return
-    place, size, kind = y.data_ptr(), y.numel(), y.device.type
+    place, count, kind = y.data_ptr(), y.numel(), y.device.type
+    shape, stride, dtype = y.shape, y.stride(), y.dtype
     autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        is_y = saved.data_ptr() == place and saved.numel() == count and saved.dtype == dtype
+        return (saved.shape, saved.stride()) if is_y else saved
 
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad(), autocast:
-            return compute().reshape(packed)
+            again = compute()
+            if again.stride() != stride:
+                again = again.new_empty_strided(shape, stride).copy_(again)
+            # A view of y, transposed perhaps, is the same view of what was computed again.
+            return again.as_strided(*packed, again.storage_offset())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -24,8 +24,8 @@ PROGRAMS = {
     "export_onnx": "ONNX files, for sherpa-onnx and others",
     "save_pretrained": "a folder for transformers",
 }
-ALIASES = {"export": "export_onnx"}
 """The programs that are modules of this package, and what they do."""
+ALIASES = {"export": "export_onnx"}
 PREPARE = "prepare"
 PREPARE_SCRIPT = Path(__file__).resolve().parents[1] / "prepare.sh"
 EXTRAS = {

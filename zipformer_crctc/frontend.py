@@ -76,7 +76,7 @@ class ConvNeXt(ScheduledModule):
         hidden = self.hidden_balancer(self.pointwise_conv1(narrow))
         with computed_again(hidden, lambda: self.pointwise_conv1(again)):
             active = swoosh_l(hidden)
-        with computed_again(active, lambda: swoosh_l(self.pointwise_conv1(again)).permute(0, 2, 3, 1)):
+        with computed_again(active, lambda: swoosh_l(self.pointwise_conv1(again))):
             residual = self.pointwise_conv2(active)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)

@@ -96,8 +96,9 @@ def folder_weights(folder: Path, avg: int = 1, iter: int = 0, use_averaged_model
 def exported_weights(folder: Path) -> Weights:
     """A folder with config.json, model.safetensors and tokenizer.model or tokens.txt.
 
-    The fields of `ModelConfig` stand in config.json by their names, others are ignored; sizes that are absent are read
-    from the tensors. Names of tensors may have the prefix `model.`.
+    The fields of `ModelConfig` stand in config.json by their names, within `sizes` where save_pretrained.py wrote it;
+    others are ignored, and sizes that are absent are read from the tensors. Names of tensors may have the prefix
+    `model.`.
     """
     try:
         from safetensors import SafetensorError
@@ -114,11 +115,12 @@ def exported_weights(folder: Path) -> Weights:
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     try:
         stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = stored.get("sizes", stored)
         named = {field.name for field in fields(ModelConfig)} & set(stored)
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value := stored[name], list) else value for name in named
         }
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: cannot be read as a JSON object ({error})") from error
     complete = "num_encoder_layers" in given and "num_heads" in given
     config = ModelConfig(**given) if complete else _config_of_tensors(state, folder / WEIGHTS_FILE)

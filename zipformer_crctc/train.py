@@ -623,7 +623,7 @@ class Trainer:
         sampler = payload.get("sampler")
         if path.name.startswith("epoch-"):
             self.progress.cur_epoch = int(path.stem.removeprefix("epoch-")) + 1
-        if sampler:
+        if sampler and "step" in sampler:  # other samplers, as in published files, tell no place of ours
             self.train_loader.load_state_dict(sampler)
             if self.unsup_loader is not None and sampler.get("unsup") is not None:
                 self.unsup_loader.load_state_dict(sampler["unsup"])
