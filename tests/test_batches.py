@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -9,23 +8,6 @@ import pytest
 from shar_folder import RATE, cut, write_shard
 from zipformer_crctc.batches import EvalOrder, take_batch
 from zipformer_crctc.shar import Shard, find_shards
-
-
-@pytest.fixture(scope="module")
-def durations() -> list[float]:
-    rng = random.Random(0)
-    return [round(rng.uniform(0.5, 8.0), 2) for _ in range(600)]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, durations: list[float]) -> list[Shard]:
-    """600 utterances in 12 shards; no audio, as the order must not read any."""
-    folder = tmp_path_factory.mktemp("data") / "train"
-    for number in range(12):
-        part = range(number * 50, number * 50 + 50)
-        cuts = [cut(f"u{i:03d}", round(durations[i] * RATE)) for i in part]
-        write_shard(folder, number, cuts, [(f"u{i:03d}.flac", b"no audio") for i in part])
-    return find_shards(folder)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,29 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from shar_folder import RATE, cut, write_folder, write_shard
+from shar_folder import write_folder
 from zipformer_crctc import sharindex
 from zipformer_crctc.batches import State
 from zipformer_crctc.buckets import Item
 from zipformer_crctc.shar import DataError, Shard, find_shards
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
-
-
-@pytest.fixture(scope="module")
-def durations() -> list[float]:
-    rng = random.Random(0)
-    return [round(rng.uniform(0.5, 8.0), 2) for _ in range(600)]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, durations: list[float]) -> list[Shard]:
-    """600 utterances in 12 shards; no audio, as the order must not read any."""
-    folder = tmp_path_factory.mktemp("data") / "train"
-    for number in range(12):
-        part = range(number * 50, number * 50 + 50)
-        cuts = [cut(f"u{i:03d}", round(durations[i] * RATE)) for i in part]
-        write_shard(folder, number, cuts, [(f"u{i:03d}.flac", b"no audio") for i in part])
-    return find_shards(folder)
 
 
 def settings(world_size: int = 1, rank: int = 0, *, seed: int = 1, drop_last: bool = False) -> OrderSettings:

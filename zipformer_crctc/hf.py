@@ -23,11 +23,11 @@ from zipformer_crctc.features import LOG_EPS, SAMPLING_RATE, Fbank
 from zipformer_crctc.flags import from_plain, raise_if_any, to_plain
 from zipformer_crctc.frontend import MIN_FEATURE_FRAMES, padding_mask
 from zipformer_crctc.model import build_model
+from zipformer_crctc.pretrained import TOKENIZER_FILE
 from zipformer_crctc.recogniser import Recogniser
 from zipformer_crctc.search import greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
-TOKENIZER_FILE = "tokenizer.model"
 REMOTE_MODULE = "zipformer_crctc_remote"
 """Name of the Python file in a saved folder, which imports this module."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -485,15 +485,13 @@ class Trainer:
         if self.valid_loader is None:
             return
         self.model.eval()
-        total = torch.zeros_like(self.running.sums)
+        device = self.process.device
+        total = torch.zeros_like(self.running.sums, device=device)
         for batch in self.valid_loader:
             if not batch.is_empty:
-                total = (
-                    total.to(self.process.device)
-                    + self.objective.valid_loss(self.model, batch.to(self.process.device)).sums
-                )
+                total = total + self.objective.valid_loss(self.model, batch.to(device)).sums
         self.model.train()
-        losses = losses_per_frame(self.process.sum(total.to(self.process.device)))
+        losses = losses_per_frame(self.process.sum(total))
         k = self.progress.batch_idx_train
         logger.info("epoch %d, batch %d, validation: %s", self.progress.cur_epoch, k, format_losses(losses))
         self.metrics.write("valid", k, losses)
