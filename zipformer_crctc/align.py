@@ -28,7 +28,7 @@ from zipformer_crctc.loader import Batch
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser, result_suffix
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.shar import Skipped, Utterance
-from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
+from zipformer_crctc.text import UnknownSymbols, normalise
 from zipformer_crctc.timefiles import TimedUtterance, write_time_files
 from zipformer_crctc.times import Segment, TimeCorrection, phone_segments
 from zipformer_crctc.tokenizer import PhoneTokenizer
@@ -145,8 +145,7 @@ def align_set(
     for batch in batches:
         if batch.is_empty:
             continue
-        texts = [normalise(text, tokenizer.pieces, unknown.dropped) for text in batch.texts]
-        texts = [remove_diacritics(text) for text in texts] if without_diacritics else texts
+        texts = [normalise(text, tokenizer.pieces, unknown.dropped, without_diacritics) for text in batch.texts]
         for text in texts:
             unknown.add(text, tokenizer)
         targets = [known_tokens(text, tokenizer) for text in texts]

@@ -26,7 +26,7 @@ from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader
 from zipformer_crctc.results import UtteranceResult, write_atomically, write_results
 from zipformer_crctc.search import naming
 from zipformer_crctc.table import score_table
-from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
+from zipformer_crctc.text import UnknownSymbols, normalise
 from zipformer_crctc.timefiles import TimedUtterance, write_time_files
 from zipformer_crctc.times import TimeCorrection, hypothesis_segments
 from zipformer_crctc.tracking import set_up_logging
@@ -96,8 +96,7 @@ def decode_set(
         durations = [utterance.duration for utterance in batch.utterances]
         segments = hypothesis_segments(log_probs, lengths, best, durations, tokenizer, factor, correction)
         for utterance, hypotheses, timed in zip(batch.utterances, found, segments, strict=True):
-            text = normalise(utterance.text, tokenizer.pieces, unknown.dropped)
-            text = remove_diacritics(text) if without_diacritics else text
+            text = normalise(utterance.text, tokenizer.pieces, unknown.dropped, without_diacritics)
             unknown.add(text, tokenizer)
             if alignment_problem(tokenizer.encode(text), utterance.num_samples, factor) is not None:
                 unalignable.append(utterance.id)

@@ -108,13 +108,20 @@ def _normaliser(pieces: tuple[str, ...] | None) -> _Normaliser:
     return _Normaliser(read_table() if pieces is None else pieces)
 
 
-def normalise(text: str, pieces: tuple[str, ...] | None = None, dropped: Counter[str] | None = None) -> str:
+def normalise(
+    text: str,
+    pieces: tuple[str, ...] | None = None,
+    dropped: Counter[str] | None = None,
+    without_diacritics: bool = False,
+) -> str:
     """Phone text as the tokenizer knows it; the rules are at the head of this file. Idempotent.
 
     pieces: of the tokenizer that encodes the result (`PhoneTokenizer.pieces`); `None` means the package's own table.
     dropped: a counter that collects the narrow marks and control characters that were dropped.
+    without_diacritics: `remove_diacritics` from the result.
     """
-    return _normaliser(pieces)(text, dropped)
+    text = _normaliser(pieces)(text, dropped)
+    return remove_diacritics(text) if without_diacritics else text
 
 
 def remove_diacritics(text: str) -> str:

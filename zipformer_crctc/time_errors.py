@@ -33,7 +33,7 @@ from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.search import greedy_search, naming
 from zipformer_crctc.shar import Skipped, Utterance
-from zipformer_crctc.text import normalise, remove_diacritics
+from zipformer_crctc.text import normalise
 from zipformer_crctc.times import DIGITS, TimeCorrection, label_centres, spans
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -198,8 +198,7 @@ def true_events(utterance: Utterance) -> list[Event]:
 
 
 def _tokens(text: str, tokenizer: PhoneTokenizer, without_diacritics: bool) -> list[int]:
-    text = normalise(text, tokenizer.pieces)
-    return tokenizer.encode(remove_diacritics(text) if without_diacritics else text)
+    return tokenizer.encode(normalise(text, tokenizer.pieces, None, without_diacritics))
 
 
 def _event_pieces(utterance: Utterance, tokenizer: PhoneTokenizer, without_diacritics: bool) -> list[list[int]]:

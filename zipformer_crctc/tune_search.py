@@ -27,7 +27,7 @@ from zipformer_crctc.methods import Search, build_search
 from zipformer_crctc.metrics import score
 from zipformer_crctc.ngram import read_arpa
 from zipformer_crctc.recogniser import Recogniser, choose_test_sets, eval_loader, load_recogniser
-from zipformer_crctc.text import normalise, remove_diacritics
+from zipformer_crctc.text import normalise
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def outputs(recogniser: Recogniser, loader: BatchLoader, without_diacritics: boo
     for batch in loader:
         if batch.is_empty:
             continue
-        texts = [normalise(text, tokenizer.pieces) for text in batch.texts]
-        texts = [remove_diacritics(text) for text in texts] if without_diacritics else texts
+        texts = [normalise(text, tokenizer.pieces, None, without_diacritics) for text in batch.texts]
         references = [without_boundaries(tokenizer.encode(text), tokenizer) for text in texts]
         found.append(Scored(*recogniser.log_probs(batch), references))
     return found
