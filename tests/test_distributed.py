@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_a_dead_process_is_named_and_ends_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distributed, "DEATH_GRACE", 0)
     with pytest.raises(ProcessDied, match=r"rank 1 \(process \d+\) was killed by SIGKILL.*--resume auto"):
         launch(die_on_rank_1, 2, 29885)
+
+
+class EndsBetweenLooks(BaseProcess):
+    """A process that runs at the first look and is killed by the second."""
+
+    pid = 7
+
+    def __init__(self) -> None:
+        self.codes = iter([None, -9])
+
+    @property
+    def exitcode(self) -> int | None:
+        return next(self.codes)
+
+
+def test_a_process_that_ends_between_two_looks_is_named_by_its_signal() -> None:
+    processes: list[BaseProcess] = [EndsBetweenLooks()]
+    assert distributed._failure(processes) == ""
+    assert distributed._failure(processes) == "rank 0 (process 7) was killed by SIGKILL"
 
 
 def ask_for_requeue(rank: int, world_size: int) -> None:

@@ -1,8 +1,9 @@
-"""Freed memory is kept."""
+"""Freed memory is kept until it is asked to go back."""
 
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 
@@ -20,8 +21,27 @@ for _ in range(8):
 print(faults)
 """
 
+GAPS = """
+import torch
+from pathlib import Path
+from zipformer_crctc.memory import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+arrays = [torch.ones(500_000) for _ in range(200)]
+arrays = arrays[::10]
+before = pages()
+return_freed_memory()
+print(before - pages())
+"""
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+
+
+def test_gaps_between_arrays_go_back_when_asked() -> None:
+    returned = int(subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True).stdout)
+    assert returned * resource.getpagesize() > 150 * 500_000 * 4
+
+
 def test_arrays_come_back_without_new_pages() -> None:
     def faults(keep: bool) -> int:
         command = [sys.executable, "-c", PROGRAM.format(keep=keep)]

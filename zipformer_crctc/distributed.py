@@ -174,10 +174,11 @@ def _failure(processes: Sequence[BaseProcess]) -> str:
     """Names the processes that failed; empty if none has."""
     parts = []
     for rank, process in enumerate(processes):
-        if process.exitcode is not None and process.exitcode < 0:
-            parts.append(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-process.exitcode).name}")
-        elif process.exitcode not in (None, 0, REQUEUE):
-            parts.append(f"rank {rank} (process {process.pid}) failed with status {process.exitcode}")
+        code = process.exitcode  # asked once: each look polls the process, which may end in between
+        if code is not None and code < 0:
+            parts.append(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
+        elif code not in (None, 0, REQUEUE):
+            parts.append(f"rank {rank} (process {process.pid}) failed with status {code}")
     return ", ".join(parts)
 
 

@@ -35,7 +35,7 @@ from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.distributed import Process, launch, process_group
 from zipformer_crctc.filters import FilterLimits, TrainingFilter
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader, build_train_loader
-from zipformer_crctc.memory import keep_freed_memory
+from zipformer_crctc.memory import keep_freed_memory, return_freed_memory
 from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.objective import Objective, TargetEncoder
 from zipformer_crctc.optim import Eden, ScaledAdam
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_INTERVAL = 10
 """Batches between settings of the scheduled values."""
+
+MEMORY_INTERVAL = 100
+"""Batches after which memory that nothing uses goes back to the system."""
 
 DRY_RUN_STEPS = 5
 """Steps that --dry-run times."""
@@ -376,6 +379,8 @@ class Trainer:
             if k % train.log_interval == 0 or k == 1:
                 self._log(batch, seconds / (time.monotonic() - started))
                 started, seconds = time.monotonic(), 0.0
+            if k % MEMORY_INTERVAL == 0:
+                return_freed_memory()
             if self._is_finished():
                 break
             if k % train.valid_interval == 0:
