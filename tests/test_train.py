@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tiny_run import read_metrics, train_flags, write_corpus
-from zipformer_crctc import checkpoint, train
+from zipformer_crctc import checkpoint, runstate, train
 from zipformer_crctc.commandline import parse_train_args
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import Process
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_this_rank_s_random_states_is_good_enough(
         payload["sampler"] = {"epoch": 0, "drop_last": True, "world_size": 1, "rank": 0, "seed": 0, "shuffle": True}
     checkpoint.save(tmp_path / "checkpoint-3.pt", payload)
     warnings: list[str] = []
-    monkeypatch.setattr(train.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(runstate.logger, "warning", lambda text, *args: warnings.append(text % args))
     train.main(train_flags(corpus, tmp_path, resume="auto", num_steps=4, plain_ctc_batches=2, save_every_n=1))
     assert len(losses(tmp_path)) == 1
     told = "random numbers begin anew" if states == "of two ranks" else "epoch 1 begins anew"
