@@ -6,7 +6,11 @@ const BLANK = 0;
 const BOUNDARY = "▁";
 
 const element = (id) => document.getElementById(id);
-const say = (text) => { element("status").textContent = text; };
+const say = (text, failed = false) => {
+  element("status").textContent = text;
+  element("status").classList.toggle("failed", failed);
+};
+const fail = (error) => say(`Failed: ${error.message}`, true);
 
 async function load() {
   ort.env.wasm.wasmPaths = new URL("ort/", document.baseURI).href;
@@ -63,11 +67,16 @@ async function transcribe(model, blob) {
     const started = performance.now();
     const phones = await recognise(model, samples);
     const seconds = (performance.now() - started) / 1000;
-    element("phones").textContent = phones.join(" ");
+    element("phones").textContent = phones.join(" ") || "–";
     say(`${(samples.length / RATE).toFixed(1)} s of audio in ${seconds.toFixed(2)} s`);
   } catch (error) {
-    say(`Failed: ${error.message}`);
+    fail(error);
   }
+}
+
+function showRecording(on) {
+  element("record").textContent = on ? "Stop" : "Record";
+  element("record").classList.toggle("on", on);
 }
 
 async function toggleRecording(model, state) {
@@ -82,12 +91,12 @@ async function toggleRecording(model, state) {
   recorder.onstop = () => {
     stream.getTracks().forEach((track) => track.stop());
     state.recorder = null;
-    element("record").textContent = "Record";
+    showRecording(false);
     transcribe(model, new Blob(parts, { type: recorder.mimeType }));
   };
   recorder.start();
   state.recorder = recorder;
-  element("record").textContent = "Stop";
+  showRecording(true);
   say("Recording …");
 }
 
@@ -95,9 +104,9 @@ try {
   const model = await load();
   const state = { recorder: null };
   element("file").onchange = (event) => event.target.files[0] && transcribe(model, event.target.files[0]);
-  element("record").onclick = () => toggleRecording(model, state).catch((error) => say(`Failed: ${error.message}`));
+  element("record").onclick = () => toggleRecording(model, state).catch(fail);
   element("file").disabled = element("record").disabled = false;
   say("Ready.");
 } catch (error) {
-  say(`Failed: ${error.message}`);
+  fail(error);
 }
