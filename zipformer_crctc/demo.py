@@ -63,6 +63,8 @@ STYLE = """
   border: 1px solid var(--line); border-radius: 6px }
 .heard b { display: block; font-size: 21px; font-weight: 400; line-height: 1.5; color: var(--first) }
 .heard small { font-size: 11px; color: var(--grey); font-variant-numeric: tabular-nums }
+@media (max-width: 640px) { .heard ol { gap: 4px } .heard ol li { min-width: 0; width: 44px; padding: 2px 4px }
+  .heard small { display: block; font-size: 10px; line-height: 1.3 } }
 .heard p { color: var(--grey) }
 .heard .problem { color: var(--wrong); overflow-wrap: anywhere }
 """
@@ -319,10 +321,14 @@ def build_page(demo: Demo, model: str) -> Any:
                 )
                 file = gr.UploadButton("Phones from a file", file_types=["text"], size="sm")
         button = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
+        with gr.Row():
+            phones = gr.Textbox(
+                label="Phones", interactive=False, buttons=["copy"], elem_id="phones", scale=4, min_width=320
+            )
+            download = gr.DownloadButton(
+                "Download TextGrid", interactive=False, elem_id="textgrid", size="md", scale=1, min_width=180
+            )
         shown = gr.HTML(elem_id="heard", elem_classes="heard")
-        with gr.Row(equal_height=True):
-            phones = gr.Textbox(label="Phones", interactive=False, buttons=["copy"], elem_id="phones", scale=4)
-            download = gr.DownloadButton("Download TextGrid", interactive=False, elem_id="textgrid", scale=1)
         width = gr.Number(visible=False)
         # The browser alone knows how wide the page is.
         measured = "(audio, phones) => [audio, phones, document.getElementById('heard').clientWidth]"
