@@ -57,7 +57,8 @@ def folder(recogniser: Recogniser, tmp_path_factory: pytest.TempPathFactory) -> 
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("audio") / "noise.wav"
     noise = np.sin(0.1 * np.random.default_rng(3).standard_normal(3 * RATE).cumsum())
-    soundfile.write(path, 0.5 * noise, RATE, subtype="PCM_16")
+    # Browsers scale whole numbers a little differently, which can turn a phone that is a tie.
+    soundfile.write(path, 0.5 * noise, RATE, subtype="FLOAT")
     return path
 
 
@@ -69,7 +70,7 @@ def test_the_page_hears_what_the_model_hears(recogniser: Recogniser, folder: Pat
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with served(folder) as url, Page(*flags, f"--use-file-for-fake-audio-capture={recording}") as page:
         load(page, url)
-        assert want.phones and transcribe(page, recording) == want.phones
+        assert want.phones and transcribe(page, recording) == "".join(want.phones)
         assert record(page, 1.0)
         with pytest.raises(AssertionError, match="Failed: "):
             transcribe(page, bad)

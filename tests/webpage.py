@@ -44,14 +44,16 @@ def load(page: Page, url: str) -> None:
     assert status == "Ready.", status
 
 
-def transcribe(page: Page, audio: Path) -> list[str]:
-    """The phones that the page hears in a file."""
+def transcribe(page: Page, audio: Path) -> str:
+    """The phones that the page hears in a file, without spaces."""
+    _forget(page)
     page.choose_file("#file", audio)
     return _phones(page)
 
 
-def record(page: Page, seconds: float) -> list[str]:
-    """The phones that the page hears from its microphone."""
+def record(page: Page, seconds: float) -> str:
+    """The phones that the page hears from its microphone, without spaces."""
+    _forget(page)
     page.click("#record")
     page.wait(_STATUS, lambda text: text.startswith(("Recording", "Failed")))
     time.sleep(seconds)
@@ -59,8 +61,11 @@ def record(page: Page, seconds: float) -> list[str]:
     return _phones(page)
 
 
-def _phones(page: Page) -> list[str]:
+def _forget(page: Page) -> None:
+    page.value("document.getElementById('status').textContent = ''")
+
+
+def _phones(page: Page) -> str:
     status = page.wait(_STATUS, lambda text: "of audio in" in text or text.startswith("Failed"))
     assert "of audio in" in status, status
-    page.value("document.getElementById('status').textContent = ''")  # so that the next one is waited for
-    return [phone for phone in page.text("#phones").split() if phone != "–"]
+    return "".join(page.text("#phones").split()).removesuffix("–")

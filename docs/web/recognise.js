@@ -4,6 +4,8 @@ const RATE = 16000; // Hz, what the model hears
 const SHORTEST = 1360; // samples, 9 feature frames
 const BLANK = 0;
 const BOUNDARY = "▁";
+// What browsers do for telephone calls takes sounds away.
+const UNCHANGED = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
 
 const element = (id) => document.getElementById(id);
 const say = (text, failed = false) => {
@@ -57,6 +59,11 @@ function bestPath(logProbs, size) {
   return ids;
 }
 
+// Spaces between phones, but none before marks and modifier letters, which belong to the phone before.
+function joinMarks(phones) {
+  return phones.join(" ").replace(/ ([\p{Mn}\p{Lm}\p{Sk}])/gu, "$1");
+}
+
 async function transcribe(model, blob) {
   element("player").src = URL.createObjectURL(blob);
   element("player").hidden = false;
@@ -67,7 +74,7 @@ async function transcribe(model, blob) {
     const started = performance.now();
     const phones = await recognise(model, samples);
     const seconds = (performance.now() - started) / 1000;
-    element("phones").textContent = phones.join(" ") || "–";
+    element("phones").textContent = joinMarks(phones) || "–";
     say(`${(samples.length / RATE).toFixed(1)} s of audio in ${seconds.toFixed(2)} s`);
   } catch (error) {
     fail(error);
@@ -84,7 +91,7 @@ async function toggleRecording(model, state) {
     state.recorder.stop();
     return;
   }
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: UNCHANGED });
   const parts = [];
   const recorder = new MediaRecorder(stream);
   recorder.ondataavailable = (event) => parts.push(event.data);

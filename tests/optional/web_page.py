@@ -4,13 +4,14 @@
     python tests/optional/web_page.py FOLDER --model exp/espeak AUDIO... --screenshots DIR
 
 Each recording goes in as a file, and with --microphone once more through a made-up microphone, as it is played. Printed
-are the phones in which each differs from Python's; exit status 1 where one of the files does.
+are the symbols in which each differs from Python's; exit status 1 where one of the files does.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path[:1] = [str(Path(__file__).resolve().parents[level]) for level in (2, 1)]
@@ -36,23 +37,22 @@ def main() -> None:
     args = parser.parse_args()
     recognizer = PhoneRecognizer.from_pretrained(args.model, device="cpu", avg=args.avg, iter=args.iter)
     results = dict(zip(args.audio, recognizer.transcribe(list(map(str, args.audio))), strict=True))
-    wanted = {path: result.phones for path, result in results.items()}
+    wanted = {path: "".join(result.phones) for path, result in results.items()}
     with served(args.folder) as url:
         with Page() as page:
             load(page, url)
-            heard = {path: transcribe(page, path) for path in args.audio}
+            wrong = compare("file", ((path, transcribe(page, path)) for path in args.audio), wanted)
             if args.screenshots is not None:
                 take_pictures(page, args.screenshots)
             elsewhere = [request for request in page.requests if not request.startswith((url, "data:", "blob:"))]
-        wrong = compare("file", heard, wanted)
         if args.microphone:
-            heard = {path: from_microphone(url, path, results[path].duration) for path in args.audio}
-            compare("microphone", heard, wanted)
+            played = ((path, from_microphone(url, path, results[path].duration)) for path in args.audio)
+            compare("microphone", played, wanted)
     print(f"requests to other places: {elsewhere or 'none'}")
     sys.exit(1 if wrong or elsewhere else 0)
 
 
-def from_microphone(url: str, path: Path, seconds: float) -> list[str]:
+def from_microphone(url: str, path: Path, seconds: float) -> str:
     """The phones of a recording that is played to the microphone, once."""
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with Page(*flags, f"--use-file-for-fake-audio-capture={path.resolve()}%noloop") as page:
@@ -60,14 +60,14 @@ def from_microphone(url: str, path: Path, seconds: float) -> list[str]:
         return record(page, seconds + 0.5)
 
 
-def compare(kind: str, heard: dict[Path, list[str]], wanted: dict[Path, list[str]]) -> int:
-    """Print how far each is from what is wanted; returns the phones that differ."""
+def compare(kind: str, heard: Iterable[tuple[Path, str]], wanted: dict[Path, str]) -> int:
+    """Print how far each is from what is wanted; returns the number of symbols that differ."""
     total = 0
-    for path, phones in heard.items():
+    for path, phones in heard:
         errors = edit_distance(wanted[path], phones)
         total += errors
-        print(f"{kind}: {path.name}: {len(wanted[path])} phones, {errors} differ")
-    print(f"{kind}: {len(heard)} recordings, {sum(map(len, wanted.values()))} phones, {total} differ")
+        print(f"{kind}: {path.name}: {len(wanted[path])} symbols, {errors} differ", flush=True)
+    print(f"{kind}: {len(wanted)} recordings, {sum(map(len, wanted.values()))} symbols, {total} differ")
     return total
 
 
