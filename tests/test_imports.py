@@ -15,7 +15,7 @@ PACKAGE = "zipformer_crctc"
 MODULES = sorted(path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem != "__init__")
 PROGRAMS = {
     *("train", "decode", "report", "align", "time_errors", "pseudo_label", "tune_search", "transcribe", "cli"),
-    *("export_onnx", "save_pretrained"),
+    *("export_onnx", "save_pretrained", "demo"),
 }
 
 MODEL = [

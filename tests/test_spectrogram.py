@@ -59,3 +59,8 @@ def test_long_utterances_are_cut_into_strips() -> None:
     times = [[t.text for t in strip.iter(f"{SVG}text") if t.attrib.get("fill") == "red"] for strip in strips]
     assert sum(map(len, times)) == 20, "each phone once"
     assert "from 3.33 to 6.67 s" in strips[1].attrib["aria-label"]
+
+
+def test_narrow_pages_get_narrow_strips() -> None:
+    strips = ElementTree.fromstring(f"<div>{spectrogram(sine(500, 4.0), RATE, [], strip_width=300)}</div>")
+    assert [strip.attrib["width"] for strip in strips] == ["360"] * 3

@@ -17,6 +17,7 @@ from random_checkpoint import write_checkpoint
 from zipformer_crctc import PhoneRecognizer, transcriber
 from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.features import num_feature_frames
+from zipformer_crctc.inventory import inventory_phones
 from zipformer_crctc.recogniser import Recogniser
 from zipformer_crctc.sources import Source
 from zipformer_crctc.tokenizer import PhoneTokenizer
@@ -216,3 +217,16 @@ def test_a_causal_model_takes_the_widest_chunks_unless_told(tmp_path: Path) -> N
     assert result.problem is None and result.duration == 5.0
     with pytest.raises(ValueError, match="chunk_size 16: the model is not causal"):
         PhoneRecognizer.from_pretrained(write_checkpoint(tmp_path / "other.pt"), device="cpu", chunk_size=16)
+
+
+def test_an_inventory_holds_for_the_recogniser_that_it_makes() -> None:
+    every = recognizer()
+    (heard,) = every.transcribe(babble(3.0))
+    forbidden = heard.phones[0]
+    phones = inventory_phones(torch.ones(TOKENIZER.vocab_size, dtype=torch.bool), TOKENIZER)
+    few = every.with_inventory(" ".join(phone for phone in phones if phone != forbidden))
+    (without,) = few.transcribe(babble(3.0))
+    assert without.phones and forbidden not in without.phones
+    assert every.transcribe(babble(3.0)) == [heard]
+    with pytest.raises(ValueError, match=r"cannot write these phones: PH \(line 1\)"):
+        every.with_inventory("PH")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 PROGRAMS = {
     "transcribe": "recordings to phones: text, JSON lines, CTM, TextGrid, SRT",
+    "demo": "a page in the browser: record or upload, phones in time, TextGrid",
     "align": "given transcriptions to phones in time",
     "decode": "decode test sets and score them",
     "train": "train a model",
@@ -39,6 +40,7 @@ EXTRAS = {
     "transformers": "hf",
     "huggingface_hub": "hf",
     "k2": "k2",
+    "gradio": "demo",
 }
 """The extra of this package that brings what a program found missing."""
 

@@ -28,17 +28,22 @@ def read_inventory(path: str | Path, tokenizer: PhoneTokenizer) -> Tensor:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the phone inventory as UTF-8 text ({error})") from error
+    return parse_inventory(text, tokenizer, str(path))
+
+
+def parse_inventory(text: str, tokenizer: PhoneTokenizer, name: str = "phone inventory") -> Tensor:
+    """The same of the text of such a file; messages call it by `name`."""
     phones = [
         (phone, number)
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(text.splitlines(), start=1)
         if not line.lstrip().startswith("#")
         for phone in line.split()
     ]
     if not phones:
-        raise ValueError(f"{path}: lists no phones; give one a line, or leave the inventory out")
+        raise ValueError(f"{name}: lists no phones; give one a line, or leave the inventory out")
     allowed = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
     allowed[[tokenizer.blank_id, tokenizer.boundary_id]] = True
     dropped: Counter[str] = Counter()
@@ -52,11 +57,11 @@ def read_inventory(path: str | Path, tokenizer: PhoneTokenizer) -> Tensor:
             allowed[ids] = True
     if unknown:
         raise ValueError(
-            f"{path}: the tokenizer cannot write these phones: {', '.join(unknown)}; write them with symbols of its "
+            f"{name}: the tokenizer cannot write these phones: {', '.join(unknown)}; write them with symbols of its "
             f"table, or remove them. It has: {' '.join(inventory_phones(torch.ones_like(allowed), tokenizer))}"
         )
     if dropped:
-        logger.warning("%s: marks that the pieces cannot express were dropped: %s", path, name_symbols(dropped))
+        logger.warning("%s: marks that the pieces cannot express were dropped: %s", name, name_symbols(dropped))
     return allowed
 
 

@@ -29,13 +29,18 @@ def build_search(
     device: torch.device | str = "cpu",
     factor: int = 1,
     lm: NgramLM | None = None,
+    allowed: Tensor | None = None,
 ) -> Search:
     """The search that a configuration asks for, on a device; `factor` is the model's output downsampling factor.
 
     lm: the language model, where it was read already and is on that device.
+    allowed: (V,) bool, the phone inventory, where it was read already; it goes before the configuration's.
     Raises ValueError for a language model or an inventory that cannot be used, and where k2 is needed but absent.
     """
-    allowed = None if decode.inventory is None else read_inventory(decode.inventory, tokenizer).to(device)
+    if allowed is None and decode.inventory is not None:
+        allowed = read_inventory(decode.inventory, tokenizer)
+    if allowed is not None:
+        allowed = allowed.to(device)
     blank, penalty = tokenizer.blank_id, decode.blank_penalty
     if decode.decoding_method in (BEST_PATH, NBEST):
         load_k2(decode.decoding_method)

@@ -28,12 +28,15 @@ def colour(name: str) -> str:
     return f"var(--{name}, {_COLOURS[name][0]})"
 
 
-def definitions() -> str:
-    """The style rules that define the colours: light ones, also on paper, and dark ones for screens that are set so."""
-    light, dark = (
-        f":root {{ {'; '.join(f'--{name}: {pair[side]}' for name, pair in _COLOURS.items())} }}" for side in (0, 1)
-    )
-    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
+def definitions(dark_class: str | None = None) -> str:
+    """The style rules that define the colours: light ones, also on paper, and dark ones for screens that are set so.
+
+    dark_class: on a page that decides itself whether it is dark, the class by which it tells.
+    """
+    light, dark = ("; ".join(f"--{name}: {pair[side]}" for name, pair in _COLOURS.items()) for side in (0, 1))
+    if dark_class is not None:
+        return f":root {{ {light} }}\n.{dark_class} {{ {dark} }}"
+    return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
 
 
 SYSTEM_COLOURS = (colour("first"), colour("second"))

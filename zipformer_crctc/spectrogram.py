@@ -26,7 +26,7 @@ _RANGE = 60.0  # decibels from black to white
 _FFT = 256
 _PRE_EMPHASIS = 0.97
 _SECOND_WIDTH = 240  # pixels of a second
-_STRIP_WIDTH = 800  # pixels, at most
+_STRIP_WIDTH = 800  # pixels
 _GREY, _PAPER = colour("grey"), colour("paper")
 
 
@@ -74,18 +74,18 @@ def png(grey: NDArray[np.uint8]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", picture) + chunk(b"IEND", b"")
 
 
-def spectrogram(samples: NDArray[np.float32], rate: int, tiers: Sequence[Tier]) -> str:
+def spectrogram(samples: NDArray[np.float32], rate: int, tiers: Sequence[Tier], strip_width: int = _STRIP_WIDTH) -> str:
     """SVGs of an utterance: its spectrogram from 0 to half the rate, below the phones of each tier at their times.
 
     Long utterances are cut into strips of one length, which stand below each other as lines of text do.
 
-    samples: (S,) in [-1, 1], at `rate` Hz.
+    samples: (S,) in [-1, 1], at `rate` Hz. strip_width: of the picture, in pixels; 60 more are taken by the labels.
     """
     seconds = len(samples) / rate
     grey = levels(samples, rate)
-    num_strips = max(1, min(grey.shape[1], math.ceil(seconds * _SECOND_WIDTH / _STRIP_WIDTH - 0.25)))
+    num_strips = max(1, min(grey.shape[1], math.ceil(seconds * _SECOND_WIDTH / strip_width - 0.25)))
     long = max(seconds, 1e-3) / num_strips
-    width = round(min(_STRIP_WIDTH, max(240, long * _SECOND_WIDTH)))
+    width = round(min(strip_width, max(240, long * _SECOND_WIDTH)))
     strips = np.array_split(grey, num_strips, axis=1)
     return "".join(
         _strip(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from zipformer_crctc.config import DecodeConfig
 from zipformer_crctc.encoder import widest
 from zipformer_crctc.features import LOG_EPS, SAMPLING_RATE, Fbank, num_feature_frames
 from zipformer_crctc.frontend import MIN_FEATURE_FRAMES
+from zipformer_crctc.inventory import parse_inventory
 from zipformer_crctc.methods import build_search
 from zipformer_crctc.pretrained import find_weights
 from zipformer_crctc.recogniser import Recogniser, build_recogniser
@@ -144,9 +146,8 @@ class PhoneRecognizer:
         self.recogniser = recogniser
         self.grid: Grid = make_grid(recogniser.config, window, overlap)
         self.batch_frames = round(batch_seconds * 100)
-        self._search = build_search(
-            decode or DecodeConfig(), recogniser.tokenizer, recogniser.device, recogniser.factor
-        )
+        self._decode = decode or DecodeConfig()
+        self._search = build_search(self._decode, recogniser.tokenizer, recogniser.device, recogniser.factor)
         self._correction = correction
         self._fbank = Fbank()
 
@@ -191,6 +192,17 @@ class PhoneRecognizer:
                 raise ValueError(f"{field_name} {value}: the model is not causal, so it has no chunks; leave it out")
         recogniser = build_recogniser(weights, given, bpe_model, device, published_padding)
         return cls(recogniser, **settings)
+
+    def with_inventory(self, phones: str) -> PhoneRecognizer:
+        """The same recogniser, of which only some phones can come out.
+
+        phones: as in the file of an inventory (inventory.py). Raises ValueError for phones that the tokenizer cannot
+        write, and for none at all.
+        """
+        model, other = self.recogniser, copy(self)
+        allowed = parse_inventory(phones, model.tokenizer)
+        other._search = build_search(self._decode, model.tokenizer, model.device, model.factor, allowed=allowed)
+        return other
 
     def transcribe(
         self, audio: Any, sampling_rate: float = SAMPLING_RATE, channel: int | None = None, progress: bool = False

@@ -16,8 +16,11 @@ cp "$model" "$2/model/model.onnx"
 cp "$(dirname "$model")/tokens.txt" "$2/model/"
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
-npm install --silent --no-save --prefix "$packages" onnxruntime-web@1.30.0
-for file in ort.wasm.min.js ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm; do
-  cp "$packages/node_modules/onnxruntime-web/dist/$file" "$2/ort/"
-done
+# The archive alone: all of the runtime is in it, and its dependencies are for other uses.
+if ! npm pack --silent --prefer-offline --pack-destination "$packages" onnxruntime-web@1.30.0 > /dev/null; then
+  echo "docs/web/build.sh: npm cannot fetch onnxruntime-web; is npm installed, and the network there?" >&2
+  exit 3
+fi
+tar -xzf "$packages"/onnxruntime-web-*.tgz -C "$2/ort" --strip-components=2 \
+  package/dist/{ort.wasm.min.js,ort-wasm-simd-threaded.mjs,ort-wasm-simd-threaded.wasm}
 echo "wrote $2"

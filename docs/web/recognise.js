@@ -4,9 +4,15 @@ const RATE = 16000; // Hz, what the model hears
 const SHORTEST = 1360; // samples, 9 feature frames
 const BLANK = 0;
 const BOUNDARY = "▁";
+// What browsers do for telephone calls takes sounds away.
+const UNCHANGED = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
 
 const element = (id) => document.getElementById(id);
-const say = (text) => { element("status").textContent = text; };
+const say = (text, failed = false) => {
+  element("status").textContent = text;
+  element("status").classList.toggle("failed", failed);
+};
+const fail = (error) => say(`Failed: ${error.message}`, true);
 
 async function load() {
   ort.env.wasm.wasmPaths = new URL("ort/", document.baseURI).href;
@@ -53,6 +59,11 @@ function bestPath(logProbs, size) {
   return ids;
 }
 
+// Spaces between phones, but none before marks and modifier letters, which belong to the phone before.
+function joinMarks(phones) {
+  return phones.join(" ").replace(/ ([\p{Mn}\p{Lm}\p{Sk}])/gu, "$1");
+}
+
 async function transcribe(model, blob) {
   element("player").src = URL.createObjectURL(blob);
   element("player").hidden = false;
@@ -63,11 +74,16 @@ async function transcribe(model, blob) {
     const started = performance.now();
     const phones = await recognise(model, samples);
     const seconds = (performance.now() - started) / 1000;
-    element("phones").textContent = phones.join(" ");
+    element("phones").textContent = joinMarks(phones) || "–";
     say(`${(samples.length / RATE).toFixed(1)} s of audio in ${seconds.toFixed(2)} s`);
   } catch (error) {
-    say(`Failed: ${error.message}`);
+    fail(error);
   }
+}
+
+function showRecording(on) {
+  element("record").textContent = on ? "Stop" : "Record";
+  element("record").classList.toggle("on", on);
 }
 
 async function toggleRecording(model, state) {
@@ -75,19 +91,19 @@ async function toggleRecording(model, state) {
     state.recorder.stop();
     return;
   }
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: UNCHANGED });
   const parts = [];
   const recorder = new MediaRecorder(stream);
   recorder.ondataavailable = (event) => parts.push(event.data);
   recorder.onstop = () => {
     stream.getTracks().forEach((track) => track.stop());
     state.recorder = null;
-    element("record").textContent = "Record";
+    showRecording(false);
     transcribe(model, new Blob(parts, { type: recorder.mimeType }));
   };
   recorder.start();
   state.recorder = recorder;
-  element("record").textContent = "Stop";
+  showRecording(true);
   say("Recording …");
 }
 
@@ -95,9 +111,9 @@ try {
   const model = await load();
   const state = { recorder: null };
   element("file").onchange = (event) => event.target.files[0] && transcribe(model, event.target.files[0]);
-  element("record").onclick = () => toggleRecording(model, state).catch((error) => say(`Failed: ${error.message}`));
+  element("record").onclick = () => toggleRecording(model, state).catch(fail);
   element("file").disabled = element("record").disabled = false;
   say("Ready.");
 } catch (error) {
-  say(`Failed: ${error.message}`);
+  fail(error);
 }
