@@ -187,6 +187,8 @@ def test_flags_that_cannot_be(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert run(model, tmp_path, "--output-formats", "textgrid", "--channel", "0") == 2
     problems = capsys.readouterr().err
     assert "give --output-dir" in problems and "--channel 0: must be at least 1" in problems
+    assert run(model, tmp_path, "--split", "silence") == 2
+    assert "--split silence: must be pauses or windows" in capsys.readouterr().err
     assert run(model, tmp_path) == 2
     assert "no audio files there" in capsys.readouterr().err
     assert run(model, "a.wav", "--print-config", "--beam", "8") == 0
