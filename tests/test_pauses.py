@@ -26,6 +26,13 @@ def pink(count: int, rng: np.random.Generator) -> np.ndarray:
     return noise / noise.std()
 
 
+def cuts(samples: np.ndarray, finder: PauseFinder | None = None) -> list[int]:
+    """Where the samples are cut, if nothing is silence."""
+    ends = (finder or PauseFinder(0.3, FBANK)).stretches(samples, ended=False)
+    assert all(speech for _, speech in ends)
+    return [end for end, _ in ends]
+
+
 def talk(pauses: list[float], rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """Voice with pauses, and where these begin and end in seconds."""
     parts, spans, now = [voice(2.0, rng)], [], 2.0
@@ -46,10 +53,10 @@ def test_pauses_are_found_in_noise(decibels: int, colour: str) -> None:
     if colour == "hum":
         noise = 0.1 * noise + np.sqrt(2) * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE)
     samples = speech + noise * np.sqrt((speech**2).mean() / 10 ** (decibels / 10))
-    cuts = PauseFinder(0.3, FBANK).cuts(samples.astype(np.float32))
+    found = cuts(samples.astype(np.float32))
     long_enough = [span for span in spans if span[1] - span[0] > 0.3]
-    assert len(cuts) == len(long_enough)
-    for cut, (begin, end) in zip(cuts, long_enough, strict=True):
+    assert len(found) == len(long_enough)
+    for cut, (begin, end) in zip(found, long_enough, strict=True):
         assert begin + 0.1 < cut / RATE < end - 0.1
         assert cut % 160 == 0
 
@@ -58,9 +65,9 @@ def test_the_level_makes_no_difference() -> None:
     rng = np.random.default_rng(0)
     speech, spans = talk([0.4, 0.5, 0.6], rng)
     samples = (speech + 0.003 * rng.standard_normal(len(speech))).astype(np.float32)
-    cuts = PauseFinder(0.3, FBANK).cuts(samples)
-    assert len(cuts) == len(spans)
-    assert PauseFinder(0.3, FBANK).cuts(samples / 8) == cuts
+    found = cuts(samples)
+    assert len(found) == len(spans)
+    assert cuts(samples / 8) == found
 
 
 @pytest.mark.parametrize("sound", ["zeros", "white", "pink", "voice", "chords"])
@@ -75,21 +82,25 @@ def test_nothing_is_found_where_nothing_stands_out(sound: str) -> None:
         "voice": voice(30.0, rng),
         "chords": 0.05 * chords + 0.001 * rng.standard_normal(count),
     }
-    assert PauseFinder(0.3, FBANK).cuts(samples[sound].astype(np.float32)) == []
+    assert cuts(samples[sound].astype(np.float32)) == []
 
 
-def test_a_long_pause_is_cut_at_both_ends() -> None:
+def test_the_middle_of_a_long_pause_is_silence() -> None:
     rng = np.random.default_rng(0)
     samples, ((begin, end),) = talk([5.0], rng)
     samples = (samples + 1e-4 * rng.standard_normal(len(samples))).astype(np.float32)
     finder = PauseFinder(0.3, FBANK)
-    first, second = finder.cuts(samples)
+    (first, before), (second, between) = finder.stretches(samples, ended=True)
+    assert before and not between
     assert first / RATE == pytest.approx(begin + 0.3, abs=0.1) and second / RATE == pytest.approx(end - 0.3, abs=0.1)
-    assert finder.cuts(samples[: first + 2 * RATE]) == [first]  # a pause at the end may go on
-    finder.advance(first)
-    assert finder.cuts(samples[first:]) == [second - first]
-    finder.advance(second - first)
-    assert finder.cuts(samples[second:]) == []
+    some = samples[: first + 2 * RATE + 7]
+    assert finder.stretches(some, ended=True) == [(first, True), (len(some), False)]
+    (again, _), (later, silent) = finder.stretches(some, ended=False)  # the pause may end there
+    assert again == first and later == pytest.approx(len(some) - 0.3 * RATE, abs=160) and not silent
+    finder.advance(later)
+    assert finder.stretches(samples[later:], ended=True) == [(second - later, False)]
+    finder.advance(second - later)
+    assert finder.stretches(samples[second:], ended=True) == []
 
 
 def test_the_half_minute_before_counts() -> None:
@@ -100,8 +111,8 @@ def test_the_half_minute_before_counts() -> None:
     noise = 1e-4 * rng.standard_normal(len(before) + len(loud) + len(soft) + len(loud))
     samples = (np.concatenate([before, loud, soft, loud]) + noise).astype(np.float32)
     begin = len(before) // 160 * 160
-    assert PauseFinder(0.3, FBANK).cuts(samples[begin:]) != []
+    assert cuts(samples[begin:]) != []
     finder = PauseFinder(0.3, FBANK)
-    assert len(finder.cuts(samples[:begin])) == 8
+    assert len(cuts(samples[:begin], finder)) == 8
     finder.advance(begin)
-    assert finder.cuts(samples[begin:]) == []
+    assert cuts(samples[begin:], finder) == []

@@ -18,13 +18,18 @@ GRID = Grid(window=3200, margin=640, samples_per_frame=320)
 
 
 class Marked:
-    """Stands for the search for pauses: one is where a sample, which is its own number, is in `at`."""
+    """Stands for the search for pauses, in samples that are their own numbers: stretches end `at` some of these.
 
-    def __init__(self, at: Sequence[int]) -> None:
+    Those in `silent` hold no speech.
+    """
+
+    def __init__(self, at: Sequence[int], silent: Sequence[int] = ()) -> None:
         self.at = at
+        self.silent = silent
 
-    def cuts(self, samples: np.ndarray) -> list[int]:
-        return [sample - int(samples[0]) for sample in self.at if samples[0] < sample < samples[-1]]
+    def stretches(self, samples: np.ndarray, ended: bool) -> list[tuple[int, bool]]:
+        found = [end for end in self.at if samples[0] < end <= samples[-1] + ended]
+        return [(end - int(samples[0]), end not in self.silent) for end in found]
 
     def advance(self, samples: int) -> None:
         pass
@@ -78,6 +83,16 @@ def test_stretches_and_windows_hold_every_frame_once_whatever_the_blocks(seed: i
     for block in (70, 7000, 10**6):
         again = cut(samples, block, pauses)
         assert [(w.start, len(w.samples)) for w in again] == [(w.start, len(w.samples)) for w in windows]
+
+
+def test_silence_is_left_out_and_counted() -> None:
+    cutter = Cutter(GRID, Marked([1600, 2560, 6400, 6720], [2560, 6720]))  # type: ignore[arg-type]
+    windows = list(cutter.windows([np.arange(8000, dtype=np.float32)]))
+    assert cutter.position == 8000 and cutter.silence == 960 + 320
+    assert kept(windows) == [320.0 * i for i in range(25) if not (5 <= i < 8 or i == 20)]
+    ends_in_silence = Cutter(GRID, Marked([3000, 4000], [4000]))  # type: ignore[arg-type]
+    (window,) = ends_in_silence.windows([np.arange(4000, dtype=np.float32)])
+    assert len(window.samples) == 3000 and ends_in_silence.silence == 1000
 
 
 @pytest.mark.parametrize(("factor", "unit"), [(1, 2560), (2, 2560), (3, 7680)])

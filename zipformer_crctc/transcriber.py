@@ -74,6 +74,8 @@ class Transcription:
     """The score of the search, in nats; of a long recording the sum over its pieces."""
     duration: float = 0.0
     """Seconds of audio."""
+    silence: float = 0.0
+    """Seconds of it that the model was not given, in long pauses."""
     warning: str | None = None
     """What is odd about the audio."""
     problem: str | None = None
@@ -95,8 +97,8 @@ class _Recording:
     """A recording under way."""
 
     source: Source
+    cutter: Cutter
     stitcher: Stitcher
-    samples: int = 0
     tokens: list[int] = field(default_factory=list)
     centres: LabelCentres = field(default_factory=lambda: LabelCentres([], []))
     score: float = 0.0
@@ -105,7 +107,7 @@ class _Recording:
 
     @property
     def duration(self) -> float:
-        return self.samples / SAMPLING_RATE
+        return self.cutter.position / SAMPLING_RATE
 
 
 @dataclass
@@ -251,10 +253,10 @@ class PhoneRecognizer:
         held: list[_Held] = []
         frames = 0
         for source in sources:
-            recording = _Recording(source, self._stitcher())
+            recording = _Recording(source, self._cutter(), self._stitcher())
             waiting.append(recording)
             try:
-                for window in self._cutter().windows(source.stream):
+                for window in recording.cutter.windows(source.stream):
                     held.append(self._hold(recording, window))
                     frames += len(held[-1].features)
                     if frames >= POOL_BATCHES * self.batch_frames:
@@ -278,7 +280,6 @@ class PhoneRecognizer:
         samples = torch.from_numpy(window.samples)
         if num_feature_frames(len(samples)) < MIN_FEATURE_FRAMES:
             raise AudioError(f"too short: {len(samples)} samples at 16 kHz, fewer than {MIN_FEATURE_FRAMES} frames")
-        recording.samples = window.start + len(samples)
         return _Held(recording, self._fbank(samples), window.start, window.first, window.last)
 
     @torch.inference_mode()
@@ -347,6 +348,7 @@ class PhoneRecognizer:
             confidence=[segment.confidence for segment in segments],
             score=recording.score,
             duration=recording.duration,
+            silence=recording.cutter.silence / SAMPLING_RATE,
         )
 
 

@@ -1,11 +1,11 @@
 """Recordings of any length through a model that was trained on utterances: stretches, overlapping windows, and back.
 
 A recording that fits into one window is passed whole. A longer one is cut in its pauses (pauses.py) into stretches,
-each of which is passed and searched like an utterance of its own. A stretch without a pause that is longer than a
-window, or the whole recording if no pauses are looked for, is cut into windows that begin on a grid on which
-all frame rates of the model meet, so that a frame of a window is the same piece of audio as that of the whole; of
-two windows each is kept up to the middle of their overlap. What is put together is cut again for the search, where the
-model is surest that nothing begins: so hours of audio never stand in memory at once.
+each of which is passed and searched like an utterance of its own; silence is left out. A stretch without a pause that
+is longer than a window, or the whole recording if no pauses are looked for, is cut into windows that begin on a grid
+on which all frame rates of the model meet, so that a frame of a window is the same piece of audio as that of the whole;
+of two windows each is kept up to the middle of their overlap. What is put together is cut again for the search, where
+the model is surest that nothing begins: so hours of audio never stand in memory at once.
 
 Legend: S samples at 16 kHz, T feature frames of 10 ms, T' output frames, V pieces.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -95,8 +94,11 @@ class Cutter:
     def __init__(self, grid: Grid, pauses: PauseFinder | None = None) -> None:
         self.grid = grid
         self.pauses = pauses
+        self.position = 0
+        """Samples of the recording that are done with."""
+        self.silence = 0
+        """Samples of them that were left out, in long pauses."""
         self._held: np.ndarray = np.zeros(0, np.float32)
-        self._start = 0
         self._first = True
 
     def windows(self, blocks: Iterable[np.ndarray]) -> Iterator[Window]:
@@ -104,27 +106,37 @@ class Cutter:
         for block in blocks:
             self._held = np.concatenate([self._held, block])
             while len(self._held) > self.grid.window:
-                yield from self._in_pauses(self.grid.window) or [
-                    self._take(self.grid.window, self.grid.hop, last=False)
-                ]
-        if self._start:
-            yield from self._in_pauses(len(self._held))
-        yield self._take(len(self._held), len(self._held), last=True)
+                before = self.position
+                yield from self._in_pauses(self.grid.window)
+                if self.position == before:
+                    yield self._take(self.grid.window, self.grid.hop, last=False)
+        if self.position:
+            yield from self._in_pauses(len(self._held), ended=True)
+        if len(self._held) or not self.position:
+            yield self._take(len(self._held), len(self._held), last=True)
 
-    def _in_pauses(self, length: int) -> list[Window]:
+    def _in_pauses(self, length: int, ended: bool = False) -> Iterator[Window]:
         """The stretches that end within so many of the samples held."""
         if self.pauses is None:
-            return []
+            return
         done = 0 if self._first else 2 * self.grid.margin  # an overlap, where the window before has found no pause
-        cuts = [cut for cut in self.pauses.cuts(self._held[:length]) if cut > done]
-        return [self._take(end - begin, end - begin, last=True) for begin, end in pairwise([0, *cuts])]
+        begin = 0
+        for end, speech in self.pauses.stretches(self._held[:length], ended):
+            if end <= done:
+                continue
+            window = self._take(end - begin, end - begin, last=True)
+            begin = end
+            if speech or not window.first:
+                yield window
+            else:
+                self.silence += len(window.samples)
 
     def _take(self, length: int, hop: int, last: bool) -> Window:
-        window = Window(self._held[:length].copy(), self._start, self._first, last)
+        window = Window(self._held[:length].copy(), self.position, self._first, last)
         if self.pauses is not None:
             self.pauses.advance(hop)
         self._held = self._held[hop:]
-        self._start += hop
+        self.position += hop
         self._first = last
         return window
 
