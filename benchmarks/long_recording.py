@@ -1,6 +1,6 @@
 """Transcription of a long recording against the same speech utterance by utterance.
 
-    python benchmarks/long_recording.py --model exp/espeak --data-config data/espeak/data.yaml --snrs 60,20
+    python benchmarks/long_recording.py --model exp/espeak --data-config data/espeak/data.yaml --gaps 0.3,3 --snrs 60,20
 
 Utterances of a set are joined to a recording of the length asked for (again from the first when all are used), with
 gaps of up to twice a mean length before them and pink noise over all. Its transcription is scored against the joined
@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -47,9 +46,10 @@ def joined(parts: list[np.ndarray], gap: float, snr: float) -> tuple[np.ndarray,
     for part in parts:
         pieces += [np.zeros(round(rng.uniform(0, 2 * gap) * SAMPLING_RATE)), part]
         ends.append((ends[-1] if ends else 0) + len(pieces[-2]) + len(part))
-    power = np.mean(np.concatenate(parts) ** 2)
     whole = np.concatenate(pieces)
-    whole = (whole + np.sqrt(power / 10 ** (snr / 10)) * pink_noise(len(whole), rng)).astype(np.float32)
+    noise = np.resize(pink_noise(60 * SAMPLING_RATE, rng), len(whole))
+    amplitude = np.sqrt(np.mean(np.concatenate(parts) ** 2) / 10 ** (snr / 10))
+    whole = (whole + amplitude * noise).astype(np.float32)
     return whole, [whole[end - len(part) : end] for end, part in zip(ends, parts, strict=True)]
 
 
@@ -86,7 +86,9 @@ def main() -> int:
     parser.add_argument("--test-set", default="test", help="a set of the data config, or dev or test for the first one")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--gaps", default="0.3", help="comma list: mean seconds between utterances")
-    parser.add_argument("--snrs", default="60", help="comma list: dB from the speech to the noise")
+    parser.add_argument(
+        "--snrs", default="60", help="comma list, one for each of --gaps: dB from the speech to the noise"
+    )
     parser.add_argument("--splits", default=",".join(SPLITS), help="comma list: how the recording is cut")
     parser.add_argument("--window", type=float, default=30.0)
     parser.add_argument("--overlap", type=float, default=4.0)
@@ -99,7 +101,7 @@ def main() -> int:
     references = [tokenizer.phones(tokenizer.encode(normalise(text, tokenizer.pieces))) for _, text in chosen]
     flat = [phone for reference in references for phone in reference]
     rows, far = [], False
-    for gap, snr in product(map(float, args.gaps.split(",")), map(float, args.snrs.split(","))):
+    for gap, snr in zip(map(float, args.gaps.split(",")), map(float, args.snrs.split(",")), strict=True):
         whole, parts = joined([samples for samples, _ in chosen], gap, snr)
         alone = rate(references, [result.phones for result in single.transcribe(parts)])
         for split in args.splits.split(","):
