@@ -124,7 +124,7 @@ def main() -> int:
                     seconds=round(seconds, 1),
                 )
             )
-    write_rows(args.output, rows)
+        write_rows(args.output, rows)
     return int(far)
 
 

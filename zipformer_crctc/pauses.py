@@ -49,8 +49,8 @@ class PauseFinder:
     def __init__(self, shortest: float, fbank: Fbank) -> None:
         self.shortest = round(shortest * SAMPLING_RATE / FRAME_SHIFT)
         self._fbank = fbank
-        self._past = np.zeros(0)
-        self._levels = np.zeros(0)
+        self._past: np.ndarray = np.zeros(0)
+        self._levels: np.ndarray = np.zeros(0)
 
     def stretches(self, samples: np.ndarray, ended: bool) -> list[tuple[int, bool]]:
         """The ends of the stretches that samples (S,) float32 hold, and whether there is speech in each.
