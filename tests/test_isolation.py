@@ -45,9 +45,12 @@ def mixed_lengths(count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def differences(model: Recogniser, num_frames: list[int], batch_sizes: tuple[int, ...]) -> Tensor:
+def differences(
+    model: Recogniser, num_frames: list[int], batch_sizes: tuple[int, ...], features: Tensor | None = None
+) -> Tensor:
     """(batch sizes, utterances): the largest difference between its log-probs alone and in a batch with others."""
-    features = random_batch(num_frames, [""] * len(num_frames)).features
+    if features is None:
+        features = random_batch(num_frames, [""] * len(num_frames)).features
     alone = [
         model.log_probs(make_batch(row[None, :frames], [frames], [""]))[0][0]
         for row, frames in zip(features, num_frames, strict=True)

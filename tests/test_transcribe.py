@@ -92,6 +92,7 @@ def test_a_folder_of_good_and_bad(model: Path, tmp_path: Path, capsys: pytest.Ca
     (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     whole = (folder / "silent.wav").read_bytes()
     (folder / "truncated.wav").write_bytes(whole[: len(whole) // 2])
+    (folder / "unreadable.wav").symlink_to("/proc/self/mem")  # not even by root, on Linux
     (folder / "meeting.m4a").write_bytes(b"\0" * 100)
     assert run(model, folder, tmp_path / "missing.wav", "--output-dir", tmp_path, "--output-formats", "jsonl") == 1
     lines = read(tmp_path)
@@ -103,6 +104,7 @@ def test_a_folder_of_good_and_bad(model: Path, tmp_path: Path, capsys: pytest.Ca
         "empty": "cannot be decoded",
         "text": "cannot be decoded",
         "gone": "no such file",
+        "unreadable": "cannot be read" if sys.platform == "linux" else "no such file",
         "missing": "no such file",
         "truncated": "truncated",
         "meeting": "ffmpeg",
@@ -187,6 +189,8 @@ def test_flags_that_cannot_be(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert run(model, tmp_path, "--output-formats", "textgrid", "--channel", "0") == 2
     problems = capsys.readouterr().err
     assert "give --output-dir" in problems and "--channel 0: must be at least 1" in problems
+    assert run(model, tmp_path, "--split", "silence") == 2
+    assert "--split silence: must be pauses or windows" in capsys.readouterr().err
     assert run(model, tmp_path) == 2
     assert "no audio files there" in capsys.readouterr().err
     assert run(model, "a.wav", "--print-config", "--beam", "8") == 0

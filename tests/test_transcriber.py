@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from random_checkpoint import write_checkpoint
 from zipformer_crctc import PhoneRecognizer, transcriber
 from zipformer_crctc.config import ModelConfig
-from zipformer_crctc.features import num_feature_frames
 from zipformer_crctc.inventory import inventory_phones
 from zipformer_crctc.recogniser import Recogniser
 from zipformer_crctc.sources import Source
@@ -70,7 +70,7 @@ def babble(seconds: float, seed: int = 0) -> np.ndarray:
 def test_windows_neither_lose_nor_double_phones(factor: int, batch_seconds: float) -> None:
     audio = babble(31.3)
     (whole,) = recognizer(factor, window=60.0).transcribe(audio)
-    windowed = recognizer(factor, window=4.0, overlap=1.0, batch_seconds=batch_seconds)
+    windowed = recognizer(factor, window=4.0, overlap=1.0, batch_seconds=batch_seconds, split="windows")
     (cut,) = windowed.transcribe(audio)
     assert len(whole.phones) > 100
     assert cut.phones == whole.phones
@@ -96,27 +96,40 @@ def test_results_come_in_order_whatever_the_lengths() -> None:
     assert max(len(batch) * max(batch) for batch in batches.batches) <= 600
 
 
-def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held does not grow with the recording: an hour here, silence that is made as it is read."""
+@dataclass
+class Hours:
+    """Ten hours of a recording, made as they are read: each block is ten seconds."""
 
-    class Silence:
-        warning: str | None = None
-        given = 0
+    block: np.ndarray
+    given: int = 0
+    warning: str | None = None
 
-        def __iter__(self) -> Iterator[np.ndarray]:
-            for _ in range(360):
-                yield np.zeros(10 * RATE, np.float32)
-                self.given += 10
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _ in range(3600):
+            yield self.block
+            self.given += 10
 
-    stream, ahead, passed = Silence(), [0.0], [0.0]
-    model = recognizer(window=30.0, overlap=4.0, batch_seconds=60.0)
-    monkeypatch.setattr(model, "_fbank", lambda samples: torch.zeros(num_feature_frames(len(samples)), 80))
+
+SPEECH = np.tile(np.repeat(np.array([1.0, 0.0], np.float32), [4 * RATE, RATE]), 2)
+
+
+@pytest.mark.parametrize(("block", "longest"), [(np.zeros(10 * RATE, np.float32), 30.0), (SPEECH, 5.0)])
+def test_ten_hours_are_read_as_they_are_needed(
+    block: np.ndarray, longest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held does not grow with the recording, whether there are pauses or not."""
+    stream, ahead, passed = Hours(block), [0.0], [0.0]
+    model = recognizer(window=30.0, overlap=4.0, batch_seconds=600.0)
+    # The features of a frame are one of its samples, and few, for speed.
+    monkeypatch.setattr(model, "_fbank", lambda samples: samples[79::160, None].expand(-1, 2))
 
     def log_probs_of(features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
         ahead.append(stream.given - passed[0])
-        passed[0] += len(num_frames) * 26.0
+        seconds = num_frames / 100
+        assert float(seconds.max()) <= longest + 0.5
+        passed[0] += float(torch.where(seconds == 30.0, 26.0, seconds).sum())
         lengths = (num_frames - 7) // 2
-        log_probs = torch.full((len(features), int(lengths.max()), TOKENIZER.vocab_size), -9.0)
+        log_probs = torch.full((len(features), int(lengths.max()), 9), -9.0)
         log_probs[..., 0] = 0.0
         return log_probs, lengths
 
@@ -124,15 +137,14 @@ def test_hours_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> N
     held: list[int] = []
     add = transcriber.Stitcher.add
 
-    def counted(self: transcriber.Stitcher, log_probs: Tensor, last: bool) -> Iterator[Any]:
-        yield from add(self, log_probs, last)
-        assert self._held is not None
-        held.append(len(self._held))
+    def counted(self: transcriber.Stitcher, log_probs: Tensor, start: int, last: bool) -> Iterator[Any]:
+        yield from add(self, log_probs, start, last)
+        held.append(0 if self._held is None else len(self._held))
 
     monkeypatch.setattr(transcriber.Stitcher, "add", counted)
-    (result,) = model.stream([Source("hour", "", stream)])
-    assert result.duration == 3600.0 and result.phones == [] and result.problem is None
-    assert max(ahead) <= 60 * transcriber.POOL_BATCHES + 60
+    (result,) = model.stream([Source("hours", "", stream)])
+    assert result.duration == 36_000.0 and result.phones == [] and result.problem is None
+    assert max(ahead) <= 600 * transcriber.POOL_BATCHES + 60
     assert max(held) <= 2 * 30 * 50 + 30 * 50
 
 
@@ -186,6 +198,10 @@ def test_settings_that_cannot_be_are_refused() -> None:
         recognizer(window=5.0, overlap=3.0)
     with pytest.raises(ValueError, match="batch_seconds: 0"):
         recognizer(batch_seconds=0)
+    with pytest.raises(ValueError, match="split: silence; must be pauses or windows"):
+        recognizer(split="silence")
+    with pytest.raises(ValueError, match=r"min_pause: 0\.1 s; must be at least 0\.2 s"):
+        recognizer(min_pause=0.1)
     with pytest.raises(ValueError, match="shape"):
         recognizer().transcribe(np.zeros((2, 2, 2)))
 
@@ -204,6 +220,56 @@ def test_long_and_short_through_a_real_model(tmp_path: Path) -> None:
         assert alone.phones == result.phones
         assert alone.score == pytest.approx(result.score, abs=1e-2)
     assert together[-1].ends[-1] <= 8.0 if together[-1].ends else True
+
+
+@pytest.mark.parametrize("flags", [(), ("--causal", "True", "--chunk-size", "16", "--left-context-frames", "64")])
+def test_a_long_recording_with_pauses_is_its_utterances(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Each stretch is heard as if it were alone, at its place in time; nothing lies between two."""
+    path = write_checkpoint(tmp_path / "model.pt", flags=flags)
+    model = PhoneRecognizer.from_pretrained(path, device="cpu", window=4.0, overlap=0.6, batch_seconds=9.0)
+    rng = np.random.default_rng(0)
+    parts: list[np.ndarray] = []
+    for seed, seconds in enumerate([1.5, 0.8, 3.0, 0.7, 7.0, 2.0]):
+        parts += [babble(seconds, seed), np.zeros(int(rng.uniform(0.4, 1.2) * RATE), np.float32)]
+    audio = np.concatenate(parts)
+    audio += 1e-3 * rng.standard_normal(len(audio)).astype(np.float32)
+    windows = list(model._cutter().windows([audio]))
+    assert sum(window.first for window in windows) >= 6 and any(not window.last for window in windows)
+    starts = [window.start for window in windows if window.first]
+    starts.append(windows[-1].start + len(windows[-1].samples))
+    (together,) = model.transcribe(audio)
+    single = PhoneRecognizer(model.recogniser, window=4.0, overlap=0.6, split="windows")
+    alone = [single.transcribe(audio[begin:end])[0] for begin, end in pairwise(starts)]
+    assert together.phones == [phone for result in alone for phone in result.phones]
+    want = [begin / RATE + start for begin, result in zip(starts, alone, strict=False) for start in result.starts]
+    assert np.abs(np.array(together.starts) - want).max() < 0.3  # edges of phones follow those before and after them
+    assert together.starts == sorted(together.starts) and together.ends == sorted(together.ends)
+    assert together.score == pytest.approx(sum(result.score or 0.0 for result in alone), abs=1e-2)
+
+
+def test_long_pauses_are_left_out_and_keep_their_time() -> None:
+    rng = np.random.default_rng(0)
+    first, second = babble(3.0), babble(2.0, 1)
+    audio = np.concatenate([first, np.zeros(10 * RATE, np.float32), second, np.zeros(9 * RATE, np.float32)])
+    audio += 1e-3 * rng.standard_normal(len(audio)).astype(np.float32)
+    model = recognizer(window=8.0, overlap=1.0)
+    (result,) = model.transcribe(audio)
+    assert result.duration == 24.0 and result.silence == pytest.approx(10.0 - 0.6 + 9.0 - 0.3, abs=0.2)
+    model_heard: Any = model.recogniser
+    assert sum(frames for batch in model_heard.batches for frames in batch) / 100 == pytest.approx(
+        24.0 - result.silence, abs=0.05
+    )
+    middles = (np.array(result.starts) + result.ends) / 2
+    assert ((middles < 3.4) | ((middles > 12.6) & (middles < 15.4))).all()
+    assert (middles < 3.0).sum() > 10 and (middles > 13.0).sum() > 10
+
+
+def test_windows_can_be_had_in_spite_of_pauses() -> None:
+    audio = np.concatenate([babble(3.0), np.zeros(RATE, np.float32), babble(3.0, 1)])
+    model = recognizer(window=4.0, overlap=1.0, split="windows")
+    model.transcribe(audio)
+    batches: Any = model.recogniser
+    assert sorted(frames for batch in batches.batches for frames in batch) == [396, 400]
 
 
 def test_a_causal_model_takes_the_widest_chunks_unless_told(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from zipformer_crctc.shar import Skipped
 from zipformer_crctc.sources import find_sources
 from zipformer_crctc.timefiles import ctm, join_marks, write_time_files
 from zipformer_crctc.times import TimeCorrection
-from zipformer_crctc.transcriber import PhoneRecognizer, Transcription
+from zipformer_crctc.transcriber import PAUSES, SPLITS, PhoneRecognizer, Transcription
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,10 @@ class TranscribeConfig:
     """Longest stretch in seconds that the model gets at once; longer recordings are cut into windows."""
     overlap: float = 4.0
     """Overlap of two windows in seconds."""
+    split: str = PAUSES
+    """How longer recordings are cut: pauses (windows only where there is none), or windows wherever they fall."""
+    min_pause: float = 0.3
+    """Shortest pause in seconds that a recording is cut in."""
     batch_seconds: float = 240.0
     """Audio in a batch in seconds, padding included."""
     output_dir: Path | None = None
@@ -139,6 +143,8 @@ def _problems(config: TranscribeConfig, inputs: Sequence[str]) -> list[str]:
     for name in ("avg", "channel"):
         if (value := getattr(config, name)) is not None and value < 1:
             problems.append(f"--{name} {value}: must be at least 1.")
+    if config.split not in SPLITS:
+        problems.append(f"--split {config.split}: must be {' or '.join(SPLITS)}.")
     return problems
 
 
@@ -187,6 +193,8 @@ def _recognizer(args: TranscribeArgs) -> PhoneRecognizer:
         correction=TimeCorrection.read(decode.time_correction) if decode.time_correction else None,
         window=config.window,
         overlap=config.overlap,
+        split=config.split,
+        min_pause=config.min_pause,
         batch_seconds=config.batch_seconds,
     )
 

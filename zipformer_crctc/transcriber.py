@@ -5,8 +5,9 @@
     for result in recognizer.transcribe(["interview.mp3", "recordings/"]):
         print(result.id, *result.phones)
 
-All recordings are windows (windows.py), a short one a single one. Windows are held until they are worth several
-batches, sorted by length, passed through the model and given back to their recordings in order.
+A short recording is a single window, a long one is cut into many (windows.py), in its pauses where it has some. Windows
+are held until they are worth several batches, sorted by length, passed through the model and given back to their
+recordings in order.
 
 Legend: N windows, T feature frames of 10 ms, T' output frames, V pieces.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,6 +33,7 @@ from zipformer_crctc.features import LOG_EPS, SAMPLING_RATE, Fbank, num_feature_
 from zipformer_crctc.frontend import MIN_FEATURE_FRAMES
 from zipformer_crctc.inventory import parse_inventory
 from zipformer_crctc.methods import build_search
+from zipformer_crctc.pauses import MIN_PAUSE, PauseFinder
 from zipformer_crctc.pretrained import find_weights
 from zipformer_crctc.recogniser import Recogniser, build_recogniser
 from zipformer_crctc.search import frame_time, naming
@@ -44,12 +47,15 @@ from zipformer_crctc.times import (
     label_centres,
     segments_of,
 )
-from zipformer_crctc.windows import PIECE_WINDOWS, Grid, Piece, Stitcher, Window, cut_windows, kept_frames, make_grid
+from zipformer_crctc.windows import PIECE_WINDOWS, Cutter, Grid, Piece, Stitcher, Window, kept_frames, make_grid
 
 logger = logging.getLogger(__name__)
 
 POOL_BATCHES = 4
 """Windows are held until they fill so many batches, which are then made of windows of similar length."""
+PAUSES = "pauses"
+SPLITS = (PAUSES, "windows")
+"""How long recordings are cut: in pauses, or into overlapping windows wherever they fall."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Transcription:
     """The score of the search, in nats; of a long recording the sum over its pieces."""
     duration: float = 0.0
     """Seconds of audio."""
+    silence: float = 0.0
+    """Seconds of it that the model was not given, in long pauses."""
     warning: str | None = None
     """What is odd about the audio."""
     problem: str | None = None
@@ -91,8 +99,8 @@ class _Recording:
     """A recording under way."""
 
     source: Source
+    cutter: Cutter
     stitcher: Stitcher
-    samples: int = 0
     tokens: list[int] = field(default_factory=list)
     centres: LabelCentres = field(default_factory=lambda: LabelCentres([], []))
     score: float = 0.0
@@ -101,7 +109,7 @@ class _Recording:
 
     @property
     def duration(self) -> float:
-        return self.samples / SAMPLING_RATE
+        return self.cutter.position / SAMPLING_RATE
 
 
 @dataclass
@@ -111,6 +119,8 @@ class _Held:
     recording: _Recording
     features: Tensor
     """(T, 80)."""
+    start: int
+    """In the recording, in samples."""
     first: bool
     last: bool
     log_probs: Tensor | None = None
@@ -127,9 +137,12 @@ class PhoneRecognizer:
         window: longest stretch that the model gets at once, in seconds.
         overlap: of two windows, in seconds.
         batch_seconds: audio in a batch, padding included.
+        split: how recordings are cut that are longer than a window, one of SPLITS.
+        min_pause: shortest pause to cut in, in seconds.
 
     Raises:
-        ValueError: settings that contradict each other, a language model or an inventory that cannot be used.
+        ValueError: settings that cannot be or contradict each other, a language model or an inventory that cannot be
+            used.
     """
 
     def __init__(
@@ -140,9 +153,17 @@ class PhoneRecognizer:
         window: float = 30.0,
         overlap: float = 4.0,
         batch_seconds: float = 240.0,
+        split: str = PAUSES,
+        min_pause: float = 0.3,
     ) -> None:
         if batch_seconds <= 0:
             raise ValueError(f"batch_seconds: {batch_seconds}; must be above 0")
+        if split not in SPLITS:
+            raise ValueError(f"split: {split}; must be {' or '.join(SPLITS)}")
+        if min_pause < MIN_PAUSE:
+            raise ValueError(f"min_pause: {min_pause:g} s; must be at least {MIN_PAUSE:g} s")
+        self.split = split
+        self.min_pause = min_pause
         self.recogniser = recogniser
         self.grid: Grid = make_grid(recogniser.config, window, overlap)
         self.batch_frames = round(batch_seconds * 100)
@@ -244,20 +265,24 @@ class PhoneRecognizer:
         held: list[_Held] = []
         frames = 0
         for source in sources:
-            recording = _Recording(source, self._stitcher())
+            recording = _Recording(source, self._cutter(), self._stitcher())
             waiting.append(recording)
             try:
-                for window in cut_windows(iter(source.stream), self.grid):
+                for window in recording.cutter.windows(source.stream):
                     held.append(self._hold(recording, window))
                     frames += len(held[-1].features)
                     if frames >= POOL_BATCHES * self.batch_frames:
                         yield held
                         held, frames = [], 0
+                recording.complete = True  # once what is held has been through the model
             except AudioError as error:
                 recording.problem, recording.complete = str(error), True
                 held = [window for window in held if window.recording is not recording]
                 frames = sum(len(window.features) for window in held)
         yield held
+
+    def _cutter(self) -> Cutter:
+        return Cutter(self.grid, PauseFinder(self.min_pause, self._fbank) if self.split == PAUSES else None)
 
     def _stitcher(self) -> Stitcher:
         frames = PIECE_WINDOWS * self.grid.window // self.grid.samples_per_frame
@@ -267,8 +292,7 @@ class PhoneRecognizer:
         samples = torch.from_numpy(window.samples)
         if num_feature_frames(len(samples)) < MIN_FEATURE_FRAMES:
             raise AudioError(f"too short: {len(samples)} samples at 16 kHz, fewer than {MIN_FEATURE_FRAMES} frames")
-        recording.samples += len(samples) if window.last else self.grid.hop
-        return _Held(recording, self._fbank(samples), window.first, window.last)
+        return _Held(recording, self._fbank(samples), window.start, window.first, window.last)
 
     @torch.inference_mode()
     def _pass(self, pool: Sequence[_Held]) -> None:
@@ -286,7 +310,8 @@ class PhoneRecognizer:
         pieces: list[tuple[_Recording, Piece]] = []
         for held in pool:
             assert held.log_probs is not None
-            pieces += [(held.recording, piece) for piece in held.recording.stitcher.add(held.log_probs, held.last)]
+            ready = held.recording.stitcher.add(held.log_probs, held.start, held.last)
+            pieces += [(held.recording, piece) for piece in ready]
         found: dict[int, tuple[list[int], LabelCentres, float]] = {}
         sizes = [len(piece.log_probs) for _, piece in pieces]
         for batch in _batches(range(len(pieces)), sizes, self.batch_frames // (2 * self.recogniser.factor)):
@@ -295,12 +320,11 @@ class PhoneRecognizer:
         for i, (recording, piece) in enumerate(pieces):
             tokens, centres, score = found[i]
             start = frame_time(piece.first_frame, self.recogniser.factor) - frame_time(0, self.recogniser.factor)
+            start += piece.stretch_start / SAMPLING_RATE
             recording.tokens += tokens
             recording.centres.seconds.extend(start + second for second in centres.seconds)
             recording.centres.confidence.extend(centres.confidence)
             recording.score += score
-        for held in pool:
-            held.recording.complete |= held.last
 
     def _search_batch(self, pieces: Sequence[Piece]) -> list[tuple[list[int], LabelCentres, float]]:
         """Tokens, their centres from the start of the piece, and the score, of each piece."""
@@ -322,8 +346,11 @@ class PhoneRecognizer:
             return result
         if result.warning is not None:
             logger.warning("%s: %s", name, result.warning)
+        # A causal model hears the end of a stretch late, at worst after the next one has begun.
+        seconds = np.minimum.accumulate(recording.centres.seconds[::-1])[::-1].tolist()
+        centres = LabelCentres(seconds, recording.centres.confidence)
         segments = segments_of(
-            recording.tokens, recording.centres, recording.duration, self.recogniser.tokenizer, self._correction
+            recording.tokens, centres, recording.duration, self.recogniser.tokenizer, self._correction
         )
         return replace(
             result,
@@ -333,6 +360,7 @@ class PhoneRecognizer:
             confidence=[segment.confidence for segment in segments],
             score=recording.score,
             duration=recording.duration,
+            silence=recording.cutter.silence / SAMPLING_RATE,
         )
 
 

@@ -1,9 +1,11 @@
-"""Recordings of any length through a model that was trained on utterances: overlapping windows, and back.
+"""Recordings of any length through a model that was trained on utterances: stretches, overlapping windows, and back.
 
-A recording that fits into one window is passed whole. A longer one is cut into windows that begin on a grid on which
-all frame rates of the model meet, so that a frame of a window is the same stretch of audio as that of the whole; of
-two windows each is kept up to the middle of their overlap. What is put together is cut again for the search, where the
-model is surest that nothing begins: so hours of audio never stand in memory at once.
+A recording that fits into one window is passed whole. A longer one is cut in its pauses (pauses.py) into stretches,
+each of which is passed and searched like an utterance of its own; silence is left out. A stretch without a pause that
+is longer than a window, or the whole recording if no pauses are looked for, is cut into windows that begin on a grid
+on which all frame rates of the model meet, so that a frame of a window is the same piece of audio as that of the whole;
+of two windows each is kept up to the middle of their overlap. What is put together is cut again for the search, where
+the model is surest that nothing begins: so hours of audio never stand in memory at once.
 
 Legend: S samples at 16 kHz, T feature frames of 10 ms, T' output frames, V pieces.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.features import FRAME_SHIFT, SAMPLING_RATE
+from zipformer_crctc.pauses import PauseFinder
 
 PIECE_WINDOWS = 2
 """Log-probs that are held back before they are cut for the search, in windows."""
@@ -68,25 +71,74 @@ def make_grid(config: ModelConfig, window: float, overlap: float) -> Grid:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a recording."""
+    """A stretch of a recording, or a part of one that is too long."""
 
     samples: np.ndarray
     """(S,) float32."""
+    start: int
+    """Where it begins in the recording, in samples."""
     first: bool
+    """Whether its stretch begins with it."""
     last: bool
+    """Whether its stretch ends with it."""
 
 
-def cut_windows(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
-    """Windows of a stream of samples; holds one window and one block at a time."""
-    held: np.ndarray = np.zeros(0, np.float32)
-    first = True
-    for block in blocks:
-        held = np.concatenate([held, block])
-        while len(held) > grid.window:
-            yield Window(held[: grid.window].copy(), first, last=False)
-            held = held[grid.hop :]
-            first = False
-    yield Window(held, first, last=True)
+class Cutter:
+    """Cuts a recording that is read as a stream; holds one window and one block at a time.
+
+    Args:
+        grid: of the windows.
+        pauses: where to cut before a window is full; None is nowhere.
+    """
+
+    def __init__(self, grid: Grid, pauses: PauseFinder | None = None) -> None:
+        self.grid = grid
+        self.pauses = pauses
+        self.position = 0
+        """Samples of the recording that are done with."""
+        self.silence = 0
+        """Samples of them that were left out, in long pauses."""
+        self._held: np.ndarray = np.zeros(0, np.float32)
+        self._first = True
+
+    def windows(self, blocks: Iterable[np.ndarray]) -> Iterator[Window]:
+        """The windows of a recording, whose samples come in blocks; what the blocks are makes no difference."""
+        for block in blocks:
+            self._held = np.concatenate([self._held, block])
+            while len(self._held) > self.grid.window:
+                before = self.position
+                yield from self._in_pauses(self.grid.window)
+                if self.position == before:
+                    yield self._take(self.grid.window, self.grid.hop, last=False)
+        if self.position:
+            yield from self._in_pauses(len(self._held), ended=True)
+        if len(self._held) or not self.position:
+            yield self._take(len(self._held), len(self._held), last=True)
+
+    def _in_pauses(self, length: int, ended: bool = False) -> Iterator[Window]:
+        """The stretches that end within so many of the samples held."""
+        if self.pauses is None:
+            return
+        done = 0 if self._first else 2 * self.grid.margin  # an overlap, where the window before has found no pause
+        begin = 0
+        for end, speech in self.pauses.stretches(self._held[:length], ended):
+            if end <= done:
+                continue
+            window = self._take(end - begin, end - begin, last=True)
+            begin = end
+            if speech or not window.first:
+                yield window
+            else:
+                self.silence += len(window.samples)
+
+    def _take(self, length: int, hop: int, last: bool) -> Window:
+        window = Window(self._held[:length].copy(), self.position, self._first, last)
+        if self.pauses is not None:
+            self.pauses.advance(hop)
+        self._held = self._held[hop:]
+        self.position += hop
+        self._first = last
+        return window
 
 
 def kept_frames(log_probs: Tensor, grid: Grid, first: bool, last: bool) -> Tensor:
@@ -102,12 +154,14 @@ class Piece:
 
     log_probs: Tensor
     """(T', V)."""
+    stretch_start: int
+    """Where its stretch begins in the recording, in samples."""
     first_frame: int
-    """Where it begins in the recording, in output frames."""
+    """Where it begins in its stretch, in output frames."""
 
 
 class Stitcher:
-    """Puts what is kept of windows together and cuts it into pieces for the search.
+    """Puts what is kept of the windows of a stretch together and cuts it into pieces for the search.
 
     Args:
         max_frames: output frames held back at most before a piece is cut.
@@ -118,19 +172,24 @@ class Stitcher:
         self.max_frames = max_frames
         self.blank_id = blank_id
         self._held: Tensor | None = None
+        self._stretch_start = 0
         self._first_frame = 0
 
-    def add(self, log_probs: Tensor, last: bool) -> Iterator[Piece]:
-        """The pieces that are ready after the next frames (T', V)."""
-        self._held = log_probs if self._held is None else torch.cat([self._held, log_probs])
+    def add(self, log_probs: Tensor, start: int, last: bool) -> Iterator[Piece]:
+        """The pieces that are ready after the next frames (T', V), of a window that begins at a sample."""
+        if self._held is None:
+            self._held, self._stretch_start, self._first_frame = log_probs, start, 0
+        else:
+            self._held = torch.cat([self._held, log_probs])
         while not last and len(self._held) > self.max_frames:
             yield self._take(self._quiet_frame(self._held))
         if last:
             yield self._take(len(self._held))
+            self._held = None
 
     def _take(self, frames: int) -> Piece:
         assert self._held is not None
-        piece = Piece(self._held[:frames], self._first_frame)
+        piece = Piece(self._held[:frames], self._stretch_start, self._first_frame)
         self._held = self._held[frames:].clone()
         self._first_frame += frames
         return piece
