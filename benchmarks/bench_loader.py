@@ -1,11 +1,13 @@
-"""Reading of training data in one worker: seconds of audio per second, ours against lhotse, on the same shards.
+"""Reading of training data in one worker: seconds of audio per CPU second, ours against lhotse, on the same shards.
 
     python benchmarks/bench_loader.py --folder data/espeak/train     # writes benchmarks/results/loader.json
 
 Rows `decode`, `decode + fbank` and `decode + fbank + augment` (volume perturbation). The peer is plain lhotse as ZIPA
 uses it: `CutSet.from_shar`, `DynamicBucketingSampler` and, from the second row on, `K2SpeechRecognitionDataset` with
-`OnTheFlyFeatures(Fbank())`. Both make batches of `--max-duration`,
-both in this process with one thread (`--threads` for both), as a loader worker works. The first batch is not timed.
+`OnTheFlyFeatures(Fbank())`. Both make batches of `--max-duration`, both in this process with one thread (`--threads`
+for both), as a loader worker works, a batch of ours and one of the peer's in turn; CPU seconds, as other work may go on
+beside them. The first batches are not timed. The row `FLAC decoder alone` decodes data that lie in memory, the peer
+with `soundfile`, as lhotse does: no reader can be faster than its decoder.
 
 lhotse zero-pads each batch before the filterbank, ours mirrors each utterance at its own ends (`--zero-padded` does as
 lhotse does). Before the rows, the features of some cuts are compared with lhotse's, one by one; they have to agree to
@@ -16,24 +18,29 @@ one step lie apart (largest over smallest, mean over steps) and how much of the 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
+import soundfile
 import torch
 
 from benchmarks.results_file import result_path, row, write_rows
-from zipformer_crctc.features import Fbank
+from zipformer_crctc.features import SAMPLING_RATE, Fbank
+from zipformer_crctc.flac import decode
 from zipformer_crctc.loader import AudioReader, BatchReader
 from zipformer_crctc.shar import Shard, find_shards, read_shard
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
 
 CASES = ("decode", "decode + fbank", "decode + fbank + augment")
+UNIT = "audio s per CPU s"
 
 
 def main() -> None:
@@ -53,27 +60,57 @@ def main() -> None:
     difference = None if args.no_peer else largest_difference(shards)
     if difference is not None and difference > args.tolerance:
         sys.exit(f"bench_loader.py: the features differ by up to {difference}")
-    rows = []
+    rows = [decoder_row(shards)]
     for case in CASES:
-        ours = rate(our_batches(shards, case, args.max_duration, args.zero_padded), args.batches)
-        theirs = None if args.no_peer else rate(lhotse_batches(shards, case, args.max_duration), args.batches)
-        ratio = None if theirs is None else round(ours / theirs, 2)
-        peer = None if theirs is None else f"lhotse {round(theirs, 1)}"
-        rows.append(row(case, "audio s/s", round(ours, 1), peer, ratio, largest_difference=difference))
+        sides = {"ours": our_batches(shards, case, args.max_duration, args.zero_padded)}
+        if not args.no_peer:
+            sides["lhotse"] = lhotse_batches(shards, case, args.max_duration)
+        rows.append(speed_row(case, rates(sides, args.batches), largest_difference=difference))
     rows += balance(shards, args.max_duration, args.world_size)
     write_rows(args.output, rows)
 
 
-def rate(batches: Iterator[float], count: int) -> float:
-    """Seconds of audio per second, of `count` batches after the first."""
-    next(batches)
-    started, seconds, read = time.perf_counter(), 0.0, 0
-    for batch in islice(batches, count):
-        seconds += batch
-        read += 1
-    if read < count:
-        sys.exit(f"bench_loader.py: {read} batches instead of {count}: use a lower --batches or --max-duration")
-    return seconds / (time.perf_counter() - started)
+def speed_row(case: str, speeds: Mapping[str, float], **more: Any) -> dict[str, Any]:
+    """A row of `rates`; the peer is the second one, if there is one."""
+    (_, ours), *others = speeds.items()
+    if not others:
+        return row(case, UNIT, round(ours, 1), **more)
+    (name, theirs), *_ = others
+    return row(case, UNIT, round(ours, 1), {"name": name, "speed": round(theirs, 1)}, round(ours / theirs, 2), **more)
+
+
+def rates(sides: Mapping[str, Iterator[float]], count: int) -> dict[str, float]:
+    """Seconds of audio per CPU second of each side, over `count` batches of each, in turn, after the first ones."""
+    seconds, spent = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
+    for number in range(count + 1):
+        for name, batches in sides.items():
+            started = time.process_time()
+            batch = next(batches, None)
+            if batch is None:
+                sys.exit(f"bench_loader.py: {number} batches instead of {count + 1}: lower --batches or --max-duration")
+            if number:
+                seconds[name] += batch
+                spent[name] += time.process_time() - started
+    return {name: seconds[name] / spent[name] for name in sides}
+
+
+def decoder_row(shards: list[Shard], count: int = 400) -> dict[str, Any]:
+    """The decoders alone, on the same data in memory."""
+    utterances = list(islice(read_shard(shards[0]), count))
+    data = []
+    for utterance in utterances:
+        with Path(utterance.tar).open("rb") as tar:
+            tar.seek(utterance.offset)
+            data.append(tar.read(utterance.size))
+
+    def decoded(decoder: Callable[[bytes], tuple[np.ndarray, int]]) -> Iterator[float]:
+        return (len(decoder(item)[0]) / SAMPLING_RATE for item in data)
+
+    sides = {
+        "ours": decoded(decode),
+        "soundfile": decoded(lambda item: soundfile.read(io.BytesIO(item), dtype="float32")),
+    }
+    return speed_row("FLAC decoder alone", rates(sides, len(data) - 1))
 
 
 def our_batches(shards: list[Shard], case: str, max_duration: float, zero_padded: bool) -> Iterator[float]:
@@ -85,7 +122,7 @@ def our_batches(shards: list[Shard], case: str, max_duration: float, zero_padded
         epoch += 1
         for request in order.epoch(epoch):
             if case == CASES[0]:
-                yield sum(len(read(utterance)) for utterance in request.utterances) / 16_000
+                yield sum(len(read(utterance)) for utterance in request.utterances) / SAMPLING_RATE
             else:
                 yield reader[request].seconds
 
@@ -111,7 +148,7 @@ def lhotse_batches(shards: list[Shard], case: str, max_duration: float) -> Itera
     )
     for batch in sampler:
         if case == CASES[0]:
-            yield sum(cut.load_audio().shape[1] for cut in batch) / 16_000
+            yield sum(cut.load_audio().shape[1] for cut in batch) / SAMPLING_RATE
         else:
             made = dataset[batch]
             yield sum(cut.duration for cut in made["supervisions"]["cut"])
@@ -125,7 +162,7 @@ def largest_difference(shards: list[Shard], count: int = 20) -> float:
     worst = 0.0
     for utterance in islice(read_shard(shards[0]), count):
         samples = read(utterance)
-        other = torch.as_tensor(theirs.extract(samples, 16_000))
+        other = torch.as_tensor(theirs.extract(samples, SAMPLING_RATE))
         worst = max(worst, float((ours(torch.from_numpy(samples)) - other).abs().max()))
     return worst
 

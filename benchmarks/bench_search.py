@@ -19,15 +19,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +33,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import torch
 
+from benchmarks.results_file import result_path, row, write_rows
 from local.kneser_ney import estimate, write_arpa
 from zipformer_crctc.beam import BeamOptions, prefix_beam_search
 from zipformer_crctc.ngram import Fusion, NgramLM, read_arpa
 from zipformer_crctc.search import FRAME_SHIFT, greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
-OUTPUT = Path(__file__).with_name("results") / "search.json"
 LM_WEIGHT = 0.5
 FIRST_LETTER = 0x4E00
 """Peers get token i as this letter plus i: marks and special pieces mean other things to them."""
@@ -81,12 +78,12 @@ def synthetic(num: int, frames: int, vocab: int, seed: int = 0) -> tuple[np.ndar
 
     logits = rng.normal(size=(num, frames, vocab)).astype(np.float32)
     logits[:, :, 0] += 9.0
-    for row in logits:
+    for scores in logits:
         places = np.flatnonzero(rng.random(frames) < 0.25)
         for place, token in zip(places, text(max(len(places), 1)), strict=False):
-            row[place, token] += 12.0
+            scores[place, token] += 12.0
             if rng.random() < 0.2:
-                row[place, rng.integers(4, vocab)] += rng.uniform(10.0, 13.0)
+                scores[place, rng.integers(4, vocab)] += rng.uniform(10.0, 13.0)
     logits -= np.logaddexp.reduce(logits, axis=2, keepdims=True)
     return logits, [text(30) for _ in range(2000)]
 
@@ -209,7 +206,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of ours; the peers have one")
     parser.add_argument("--rounds", type=int, default=3, help="the best one counts")
     parser.add_argument("--peer-utterances", type=int, default=8, help="the peers are timed on so many of a batch")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=result_path("search"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = PhoneTokenizer.from_table()
@@ -229,12 +226,11 @@ def main() -> None:
             write_arpa(estimate(texts, tokenizer.pieces, predicted, order=4), arpa)
         for_peers(arpa, tokenizer, peer_arpa)
         rows = run(args, log_probs, read_arpa(arpa, tokenizer), peer_arpa)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_rows(args.output, rows)
 
 
 def run(args: argparse.Namespace, log_probs: np.ndarray, lm: NgramLM, peer_lm: Path) -> list[dict[str, Any]]:
-    """All rows, printed as they come."""
+    """All rows, each reported when it is there."""
     device = torch.device(args.device)
     described = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     threshold = float(np.sort(log_probs[0], axis=1)[:, -args.top_tokens - 1].mean())
@@ -254,21 +250,20 @@ def run(args: argparse.Namespace, log_probs: np.ndarray, lm: NgramLM, peer_lm: P
         for batch in args.batches:
             speed = utterances_per_second(decode, log_probs[:batch], args.rounds)
             peer = None if fastest is None else measured[fastest]
-            row = {
-                "case": f"{setting.name}, batch {batch}",
-                "device": described,
-                "unit": f"utterances of {seconds:g} s per second",
-                "ours": round(speed, 3),
-                "peer": None if peer is None else {"name": fastest, "speed": round(peer, 3)},
-                "ratio": None if peer is None else round(speed / peer, 2),
-                "real_time_factor": float(f"{1 / (speed * seconds):.3g}"),
-                "peers": {name: round(v, 3) if isinstance(v, float) else v for name, v in peers.items()},
-                "top_tokens": setting.top_tokens,
-                "command": f"python {shlex.join(['benchmarks/bench_search.py', *sys.argv[1:]])}",
-                "date": date.today().isoformat(),
-            }
-            rows.append(row)
-            print(f"{row['case']:24} ours {row['ours']:>10}  peers {row['peers']}  ratio {row['ratio']}", flush=True)
+            rows.append(
+                row(
+                    f"{setting.name}, batch {batch}",
+                    f"utterances of {seconds:g} s per second",
+                    round(speed, 3),
+                    None if peer is None else {"name": fastest, "speed": round(peer, 3)},
+                    None if peer is None else round(speed / peer, 2),
+                    device=described,
+                    real_time_factor=float(f"{1 / (speed * seconds):.3g}"),
+                    peers={name: round(v, 3) if isinstance(v, float) else v for name, v in peers.items()},
+                    top_tokens=setting.top_tokens,
+                )
+            )
+            print(f"{rows[-1]['case']:24} ratio {rows[-1]['ratio']}", file=sys.stderr, flush=True)  # as they come
     return rows
 
 

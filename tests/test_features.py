@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from golden_checks.features import compare_features
-from zipformer_crctc.features import Fbank, mel_filters, num_feature_frames
+from zipformer_crctc.features import HALVES, Fbank, mel_filters, num_feature_frames
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -106,3 +106,10 @@ def test_golden() -> None:
     results = CHECKERS["80"](path)
     assert len(results) >= 2
     assert all(result.ok for result in results), results
+
+
+def test_filters_are_zero_outside_of_the_two_blocks() -> None:
+    filters = mel_filters()
+    for rows, columns in HALVES:
+        filters[rows, columns] = 0.0
+    assert not filters.any()

@@ -24,7 +24,9 @@ PREEMPHASIS = 0.97
 _LOW_FREQUENCY = 20.0  # Hz
 _HIGH_FREQUENCY = 7600.0  # Hz
 FLOOR = torch.finfo(torch.float32).eps  # digital silence becomes log of this, -15.94
-_FRAMES_PER_BLOCK = 128  # keeps the work arrays (0.25 MB each) inside a core's cache
+HALVES = ((slice(0, 58), slice(0, 40)), (slice(54, 244), slice(40, 80)))
+"""Frequency bins and the mel bins they reach: outside of these two blocks the filters are zero."""
+_FRAMES_PER_BLOCK = 256  # keeps the work arrays (0.5 MB each) inside a core's cache
 
 
 def num_feature_frames(num_samples: int) -> int:
@@ -100,9 +102,10 @@ def log_mel(frames: Tensor, window: Tensor, mel: Tensor) -> Tensor:
     centred[..., 0] -= previous[..., 0]  # a frame knows no earlier sample
     centred *= window
     spectrum = torch.fft.rfft(centred, n=FFT_LENGTH)  # (..., 257) complex
-    real, imaginary = spectrum.real, spectrum.imag
-    power = (real * real).addcmul_(imaginary, imaginary)  # a third of the cost of abs().square()
-    return (power @ mel).clamp_(min=FLOOR).log_()
+    squares = torch.view_as_real(spectrum).square_()  # all in one go: a sixth of the cost of abs().square()
+    power = squares[..., 0] + squares[..., 1]
+    energy = torch.cat([power[..., rows] @ mel[rows, columns] for rows, columns in HALVES], dim=-1)
+    return energy.clamp_(min=FLOOR).log_()
 
 
 def povey_window() -> Tensor:

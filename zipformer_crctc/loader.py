@@ -5,7 +5,6 @@ Shapes: N utterances, T frames of 10 ms, 80 mel bins, S samples at 16 kHz.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import random
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from zipformer_crctc.audio import AudioError
 from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, State
 from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
+from zipformer_crctc.flac import decode
 from zipformer_crctc.preemption import outlive_preemption
 from zipformer_crctc.remote import with_retries
 from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
@@ -94,7 +93,7 @@ class AudioReader:
         if len(data) != utterance.size:
             raise AudioError("tar is truncated")
         try:
-            samples, sampling_rate = soundfile.read(io.BytesIO(data), dtype="float32")
+            samples, sampling_rate = decode(data)
         except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own errors are RuntimeErrors
             raise AudioError("damaged audio") from error
         if sampling_rate != SAMPLING_RATE:
