@@ -95,6 +95,8 @@ def test_the_middle_of_a_long_pause_is_silence() -> None:
     assert first / RATE == pytest.approx(begin + 0.3, abs=0.1) and second / RATE == pytest.approx(end - 0.3, abs=0.1)
     some = samples[: first + 2 * RATE + 7]
     assert finder.stretches(some, ended=True) == [(first, True), (len(some), False)]
+    short = samples[: first + RATE // 2]
+    assert len(finder.stretches(short, ended=False)) == 1 and finder.stretches(short, ended=True) == []
     (again, _), (later, silent) = finder.stretches(some, ended=False)  # the pause may end there
     assert again == first and later == pytest.approx(len(some) - 0.3 * RATE, abs=160) and not silent
     finder.advance(later)

@@ -68,7 +68,7 @@ class PauseFinder:
             if end - begin >= LONG or (to_the_end and begin == 0):
                 ends += [(FRAME_SHIFT * (begin + KEPT), True)] * (begin > 0)
                 ends.append((len(samples) if to_the_end else FRAME_SHIFT * (end - KEPT), False))
-            elif end - begin >= self.shortest and begin > 0:  # at 0 it is the rest of a pause that has been cut
+            elif end - begin >= self.shortest and begin > 0 and not to_the_end:  # else there is no speech on one side
                 sums = np.convolve(self._levels[begin:end], np.ones(self.shortest), "valid")
                 ends.append((FRAME_SHIFT * (begin + int(sums.argmin()) + self.shortest // 2), True))
         return ends

@@ -67,7 +67,7 @@ class TranscribeConfig:
     channel: int | None = None
     """Channel to take, from 1; without it the mean of all."""
     window: float = 30.0
-    """Longest stretch in seconds that the model gets at once; longer recordings are cut into windows."""
+    """Longest stretch in seconds that the model gets at once; longer recordings are cut."""
     overlap: float = 4.0
     """Overlap of two windows in seconds."""
     split: str = PAUSES
