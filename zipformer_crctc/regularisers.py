@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def _mean_over_std(positive_share: float) -> float:
     return 0.8139535143 * 0.5 * (math.log(1.0 + y + eps) - math.log(1.0 - y + eps))
 
 
-class _Moments(NamedTuple):
+@dataclass(frozen=True)
+class _Moments:
     """Of the channels of an array or of a part of it, in the shape that broadcasts over it."""
 
     count: int
@@ -85,7 +87,8 @@ class _BalancerFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         x = at_least_float32(saved)
         min_mean, max_mean, min_rms, max_rms = ctx.limits
-        _, mean, variance = _Moments.of_all(ctx.parts or [_Moments.of(x, ctx.dim)])
+        moments = _Moments.of_all(ctx.parts or [_Moments.of(x, ctx.dim)])
+        mean, variance = moments.mean, moments.variance
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
         ratio = mean / std
@@ -149,7 +152,7 @@ class Balancer(ScheduledModule):
 
     def over_parts(self) -> Callable[[Tensor], Tensor]:
         """`forward` for one array whose parts come one after another: one decision, and the statistics of them all."""
-        if not self.training or random.random() >= self.value(self.prob):
+        if not (self.training and torch.is_grad_enabled()) or random.random() >= self.value(self.prob):
             return lambda part: part
         moments: list[_Moments] = []
 
