@@ -6,7 +6,7 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.1 (Conv-Embed).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, for_two, swoosh_l, swoosh_r
 from zipformer_crctc.products import Linear, linear
-from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
+from zipformer_crctc.regularisers import Balancer, Parts, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 MIN_FEATURE_FRAMES = 9
@@ -86,21 +86,21 @@ class ConvNeXt(ScheduledModule):
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
         narrow = self.depthwise_conv(inner)
-        balance = self.hidden_balancer.over_parts()
-        parts = in_parts(narrow, self.pointwise_conv1.out_channels)
-        residual = torch.cat([self._pointwise(part, balance) for part in parts])
+        parts = Parts()
+        images = in_parts(narrow, self.pointwise_conv1.out_channels)
+        residual = torch.cat([self._pointwise(image, parts) for image in images])
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)
         x = self.out_balancer(x + residual)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def _pointwise(self, narrow: Tensor, balance: Callable[[Tensor], Tensor]) -> Tensor:
+    def _pointwise(self, narrow: Tensor, parts: Parts) -> Tensor:
         """Both pointwise convolutions of some utterances. Neither the hidden image is kept nor its activation."""
         hidden = self.pointwise_conv1(narrow)
         hidden_again = for_two(partial(self.pointwise_conv1, narrow.detach()))
         with computed_again(hidden, hidden_again):
-            active = swoosh_l(balance(hidden))
+            active = swoosh_l(self.hidden_balancer(hidden, parts))
         with computed_again(active, lambda: swoosh_l(hidden_again())):
             return self.pointwise_conv2(active)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ class _Moments:
         return _Moments(count, mean, torch.stack(spread).sum(dim=0))
 
 
+class Parts:
+    """What the calls of a Balancer for the parts of one array share: the decision, and the statistics of them all."""
+
+    def __init__(self) -> None:
+        self.acts: bool | None = None
+        self.moments: list[_Moments] = []
+
+
 class _BalancerFunction(torch.autograd.Function):
     """Adds to the gradient g the term |g| * G, G pushing each channel's statistics into their limits.
 
@@ -73,12 +81,11 @@ class _BalancerFunction(torch.autograd.Function):
         limits: tuple[float, float, float, float],
         scale: float,
         dim: int,
-        parts: list[_Moments] | None,
+        parts: list[_Moments],
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits, ctx.scale, ctx.dim, ctx.parts = limits, scale, dim, parts
-        if parts is not None:  # all are there before the backward pass of any
-            parts.append(_Moments.of(at_least_float32(x), dim))
+        parts.append(_Moments.of(at_least_float32(x), dim))  # all are there before the backward pass of any
         return x.view_as(x)
 
     @staticmethod
@@ -87,7 +94,7 @@ class _BalancerFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         x = at_least_float32(saved)
         min_mean, max_mean, min_rms, max_rms = ctx.limits
-        moments = _Moments.of_all(ctx.parts or [_Moments.of(x, ctx.dim)])
+        moments = _Moments.of_all(ctx.parts)
         mean, variance = moments.mean, moments.variance
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
@@ -145,23 +152,16 @@ class Balancer(ScheduledModule):
             to_rms * self.value(self.max_abs),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and x.requires_grad) or random.random() >= self.value(self.prob):
+    def forward(self, x: Tensor, parts: Parts | None = None) -> Tensor:
+        """x; where it is one of the parts of an array, all calls for them are given one `Parts`."""
+        if not (self.training and x.requires_grad):
             return x
-        return _BalancerFunction.apply(x, self.limits(), self.grad_scale, self.channel_dim, None)
-
-    def over_parts(self) -> Callable[[Tensor], Tensor]:
-        """`forward` for one array whose parts come one after another: one decision, and the statistics of them all."""
-        if not (self.training and torch.is_grad_enabled()) or random.random() >= self.value(self.prob):
-            return lambda part: part
-        moments: list[_Moments] = []
-
-        def balance(part: Tensor) -> Tensor:
-            if not part.requires_grad:
-                return part
-            return _BalancerFunction.apply(part, self.limits(), self.grad_scale, self.channel_dim, moments)
-
-        return balance
+        parts = parts or Parts()
+        if parts.acts is None:
+            parts.acts = random.random() < self.value(self.prob)
+        if not parts.acts:
+            return x
+        return _BalancerFunction.apply(x, self.limits(), self.grad_scale, self.channel_dim, parts.moments)
 
 
 def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
