@@ -61,11 +61,14 @@ def main() -> None:
     else:
         length = (args.lengths or [10.0])[0]
         cases = [replace(second, utterances=round(audio / length), seconds=length) for audio in args.audio]
-    points = [measured(case, args.steps, args.warmup) for case in (second, *cases)]
-    rows = [_row(args.axis, point, points[1], points[0].memory) for point in points[1:]]
-    speed.write(args.output, rows)
+    least_memory = measured(second, args.steps, args.warmup).memory
+    points: list[Point] = []
+    for case in cases:
+        points.append(measured(case, args.steps, args.warmup))
+        rows = [_row(args.axis, point, points[0], least_memory) for point in points]
+        speed.write(args.output, rows)  # what is measured is kept where a longer batch does not fit
     for measure in MEASURES:
-        print(f"{measure}: {verdict(rows, measure, points[0].memory, args.tolerance)}")
+        print(f"{measure}: {verdict(rows, measure, least_memory, args.tolerance)}")
     args.plot.write_text(plot(json.loads(args.output.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
