@@ -54,7 +54,7 @@ def make(case: Case, who: str) -> Work:
     if who == OURS:
         keep_freed_memory()  # as our programs do
         config = PRESETS[case.size]()
-        model = build_model(config.model, tokenizer.vocab_size).to(case.device).train()
+        model: torch.nn.Module = build_model(config.model, tokenizer.vocab_size).to(case.device).train()
         set_batch_count(model, BATCH_COUNT)
         optimizer: torch.optim.Optimizer = ScaledAdam(model.named_parameters(), lr=0.015, clipping_scale=2.0)
         by_name = {str(number): target for number, target in enumerate(targets)}

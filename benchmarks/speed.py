@@ -92,7 +92,7 @@ class Worker:
         other.close()
 
     def ask(self, what: str) -> Any:
-        """The answer to `step`, `memory`, `operations` or `profile`."""
+        """The answer to `step`, `step on the CPU`, `memory`, `operations` or `profile`."""
         self.pipe.send(what)
         return self.pipe.recv()
 
@@ -109,6 +109,7 @@ def _serve(make: Maker, case: Case, who: str, pipe: Connection) -> None:
     work = make(case, who)
     answers: dict[str, Callable[[], Any]] = {
         "step": lambda: _seconds(work.step, case.device),
+        "step on the CPU": lambda: _cpu_seconds(work.step),
         "memory": lambda: _peak_memory(case.device),
         "operations": lambda: _operations(work.forward) * work.forwards,
         "profile": lambda: _profile(work, case.device),
@@ -126,6 +127,13 @@ def _seconds(step: Callable[[], Any], device: str) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _cpu_seconds(step: Callable[[], Any]) -> float:
+    """Of all threads of this process; other work on the machine hardly changes them."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
 
 
 def _peak_memory(device: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -9,8 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, gated, swoosh_l, swoosh_r
-from zipformer_crctc.schedule import Schedule
+from zipformer_crctc import activations, attention, frontend, layers
+from zipformer_crctc.activations import (
+    BiasNorm,
+    SharedDropout,
+    SwooshR,
+    computed_again,
+    for_two,
+    gated,
+    swoosh_l,
+    swoosh_r,
+    tanh_gated,
+)
+from zipformer_crctc.model import build_model
+from zipformer_crctc.presets import tiny
+from zipformer_crctc.schedule import Schedule, set_batch_count
 
 Function = Callable[[Tensor], Tensor]
 
@@ -73,6 +87,16 @@ def test_bias_norm_is_its_formula(channel_dim: int) -> None:
         assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_tanh_gated_is_its_formula_to_the_bit() -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    got, want = tanh_gated(x, gate), torch.tanh(gate) * x
+    assert torch.equal(got, want)
+    cotangent = torch.randn(5, 7)
+    found, wanted = (torch.autograd.grad(y, [x, gate], cotangent) for y in (got, want))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_bias_norm_begins_with_the_published_values() -> None:
     torch.manual_seed(0)
     norm = BiasNorm(4000)
@@ -121,6 +145,33 @@ def test_what_is_computed_again_is_not_kept() -> None:
     assert calls == [False]
     want = torch.autograd.grad((swoosh_l(x) @ weight.t()).square().sum(), [x, weight])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, want, strict=True))
+
+
+def test_one_computation_is_for_two_calls() -> None:
+    calls = iter(range(9))
+    again = for_two(lambda: torch.tensor(next(calls)))
+    assert [int(again()) for _ in range(5)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("cheap_channels", [0, 128])
+def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyPatch, cheap_channels: int) -> None:
+    """To the bit, with every regulariser: gradients of a model that keeps all are those of one that does not."""
+    monkeypatch.setattr(layers, "CHEAP_CHANNELS", cheap_channels)
+    model = build_model(tiny().model, 12).train()
+    set_batch_count(model, 20_000.0)
+    features = torch.randn(3, 77, 80)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        random.seed(0)
+        log_probs, _ = model(features, torch.tensor([77, 70, 61]))
+        found = torch.autograd.grad(log_probs.square().mean(), list(model.parameters()), allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    found = gradients()
+    for module in (activations, attention, frontend, layers):
+        monkeypatch.setattr(module, "computed_again", lambda y, compute: nullcontext())
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(), strict=True))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

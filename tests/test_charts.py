@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from zipformer_crctc.bootstrap import Interval
-from zipformer_crctc.charts import Bar, HeatMap, bar_chart, heat_map
+from zipformer_crctc.charts import Bar, HeatMap, Line, bar_chart, heat_map, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -40,6 +40,21 @@ def test_bars_never_crowd(count: int, num_series: int) -> None:
             assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width - 124
         shown += len(labels)
     assert shown == count
+
+
+def test_lines_lie_on_their_axes() -> None:
+    lines = [Line("a & b", [(20.0, 4.0), (10.0, 2.0)]), Line("c", [(10.0, 1.0), (20.0, 1.0)], dashed=True)]
+    root = ElementTree.fromstring(line_chart(lines, "t", "seconds"))
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+        for line in root.iter(f"{SVG}polyline")
+    )
+    texts = {t.text: (float(t.attrib["x"]), float(t.attrib["y"])) for t in root.iter(f"{SVG}text")}
+    assert {"t", "seconds", "a & b", "c", "0", "20", "4"} <= texts.keys()
+    assert first[1][0] == pytest.approx(texts["20"][0], abs=0.1) and first[1][1] == pytest.approx(48.0)
+    assert first[1][0] - first[0][0] == pytest.approx((texts["20"][0] - 44) / 2, abs=0.2)
+    assert second[0][1] == second[1][1] > first[0][1] > first[1][1]
+    assert len(list(root.iter(f"{SVG}circle"))) == 2, "points of what was measured"
 
 
 def test_bar_lengths_are_in_proportion() -> None:

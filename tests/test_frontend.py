@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from small_models import draw_parameters
+from zipformer_crctc import frontend
 from zipformer_crctc.activations import swoosh_l, swoosh_r
 from zipformer_crctc.frontend import Conv2dSubsampling, ConvNeXt, output_frames, scale_initial_values
+from zipformer_crctc.regularisers import Balancer, Whiten
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,33 @@ def test_shapes(frames: int) -> None:
     y, lengths = small_frontend()(torch.randn(2, frames, 80), torch.tensor([frames, 9]))
     assert y.shape == (2, (frames - 7) // 2, 12)
     assert lengths.tolist() == [(frames - 7) // 2, 1]
+
+
+def test_hidden_images_are_cut_between_utterances(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.zeros(5, 6, 4, 3)
+    monkeypatch.setitem(frontend.HIDDEN_BYTES, "cpu", 2 * 4 * 3 * 10 * 4)
+    assert [len(part) for part in frontend.in_parts(image, 10)] == [2, 2, 1]
+    assert [len(part) for part in frontend.in_parts(image, 11)] == [1] * 5
+    assert [len(part) for part in frontend.in_parts(image, 1000)] == [1] * 5
+
+
+def test_parts_of_the_hidden_image_give_what_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Balancer of the hidden channels at work."""
+    block = draw_parameters(ConvNeXt(6, 10), 0.3).train()
+    for name, module in block.named_modules():
+        if isinstance(module, (Balancer, Whiten)):
+            module.prob = float(name == "hidden_balancer")
+    x = torch.randn(5, 6, 4, 3, requires_grad=True)
+    cotangent = torch.randn(5, 6, 4, 3)
+
+    def results(limit: int) -> list[Tensor]:
+        monkeypatch.setitem(frontend.HIDDEN_BYTES, "cpu", limit)
+        torch.manual_seed(0)
+        y = block(x)
+        return [y, *torch.autograd.grad(y, [x, *block.parameters()], cotangent)]
+
+    for part, whole in zip(results(1), results(1 << 30), strict=True):
+        assert torch.allclose(part, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_published_widths_are_the_default() -> None:

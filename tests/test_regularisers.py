@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from small_models import loud_first_channel, numbers
 from zipformer_crctc.regularisers import (
     Balancer,
+    Parts,
     ScaleGrad,
     Whiten,
     limit_parameter,
@@ -42,6 +43,32 @@ def test_balancer_check_values() -> None:
     got = gradient(module, 1 + 2 * numbers((20, 2), 11), numbers((20, 2), 12))
     assert got[0].tolist() == pytest.approx([-0.634079, 0.812138], abs=1e-6)
     assert got[19].tolist() == pytest.approx([-0.240129, -0.427639], abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(20,), (7, 13), (1, 1, 18)])
+def test_balancer_of_parts_takes_the_statistics_of_all(sizes: tuple[int, ...]) -> None:
+    module = Balancer(-1, min_positive=0.45, max_positive=0.55, min_abs=0.2, max_abs=1.0, prob=1.0).train()
+    x, cotangent = 1 + 2 * numbers((20, 2), 11), numbers((20, 2), 12)
+    leaf = x.detach().requires_grad_()
+    shared = Parts()
+    y = torch.cat([module(part, shared) for part in leaf.split(sizes)])
+    assert torch.equal(y, x)
+    (got,) = torch.autograd.grad(y, leaf, cotangent)
+    want = gradient(module, x, cotangent)
+    assert torch.allclose(got, want, rtol=0, atol=1e-6)
+    assert torch.equal(got, want) or len(sizes) > 1
+
+
+def test_balancer_decides_once_for_all_parts() -> None:
+    module = Balancer(-1, max_abs=1.0, prob=0.5).train()
+    random.seed(0)
+    acts = set()
+    for _ in range(20):
+        shared = Parts()
+        parts = [module(torch.ones(4, 2, requires_grad=True), shared) for _ in range(3)]
+        acts.add(tuple(part.grad_fn is not None for part in parts))
+    assert acts == {(True,) * 3, (False,) * 3}
+    assert module.eval()(parts[0], Parts()) is parts[0]
 
 
 def test_whiten_check_values() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,27 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
     return _Gated.apply(x, gate)
 
 
+class _TanhGated(torch.autograd.Function):
+    """x * tanh(gate), which keeps no more than its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return gate.tanh().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (grad,) = grad_outputs
+        opening = gate.tanh()
+        return grad * opening, torch.ops.aten.tanh_backward(x * grad, opening)
+
+
+def tanh_gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * tanh(gate), element-wise."""
+    return _TanhGated.apply(x, gate)
+
+
 @contextmanager
 def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.
@@ -104,6 +126,23 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
+def for_two(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function whose every second call gives what the call before computed, which it keeps no longer.
+
+    For two operations in a row that each need the same again: the backward passes of a linear layer and of the
+    activation before it.
+    """
+    kept: list[Tensor] = []
+
+    def again() -> Tensor:
+        if kept:
+            return kept.pop()
+        kept.append(compute())
+        return kept[0]
+
+    return again
+
+
 class SwooshR(nn.Module):
     """SwooshR as a module, for use in a sequence of layers."""
 
@@ -128,13 +167,19 @@ class BiasNorm(ScheduledModule):
         self.bias = nn.Parameter(torch.empty(channels).normal_(0.0, 1e-4))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.values(x, self.log_scale)
+        return self.values(x, limit_parameter(self.log_scale, *self.log_scale_range))
+
+    def values(self, x: Tensor, log_scale: Tensor) -> Tensor:
+        """What `forward` gives; draws nothing."""
         dim = self.channel_dim % x.dim()
         bias = self.bias.view([-1] + [1] * (x.dim() - dim - 1))
-        log_scale: Tensor = self.log_scale
-        if self.training:
-            log_scale = limit_parameter(log_scale, *self.log_scale_range)
         wide = x if x.dtype == torch.float64 else x.float()
-        inverse_rms = (wide - bias).square().mean(dim, keepdim=True).rsqrt()
+        shifted = wide - bias
+        with computed_again(shifted, partial(torch.sub, wide.detach(), bias.detach())):
+            squares = shifted.square()
+        inverse_rms = squares.mean(dim, keepdim=True).rsqrt()
         return (wide * (inverse_rms * log_scale.exp())).to(x.dtype)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_crctc.activations import computed_again
+from zipformer_crctc.activations import computed_again, tanh_gated
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
@@ -210,9 +210,11 @@ class NonlinAttention(nn.Module):
     def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:
         """(T, N, C) and (H, N, T, T) to (T, N, C); the hidden channels are shared out over the heads given."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
-        z = torch.tanh(self.balancer(s)) * self.whiten1(v)
-        z = z.unflatten(-1, (attn_weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
-        z = torch.matmul(attn_weights, z).permute(2, 1, 0, 3).flatten(2)  # (T, N, E)
+        z = tanh_gated(self.whiten1(v), self.balancer(s))
+        with computed_again(z, partial(tanh_gated, v.detach(), s.detach())):
+            by_head = z.unflatten(-1, (attn_weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
+            averages = torch.matmul(attn_weights, by_head)
+        z = averages.permute(2, 1, 0, 3).flatten(2)  # (T, N, E)
         product = z * y
         with computed_again(product, partial(torch.mul, z.detach(), y.detach())):
             return self.whiten2(self.out_proj(product))

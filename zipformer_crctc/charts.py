@@ -1,4 +1,4 @@
-"""Charts as SVG text: bars with intervals, and a heat map. No scripts, no outside files; all labels are escaped.
+"""Charts as SVG text: bars with intervals, a heat map, and lines. No scripts, no outside files; all labels are escaped.
 
 Sizes are in CSS pixels. Every chart grows with its rows, so that 90 of them are as readable as 20.
 """
@@ -50,6 +50,45 @@ class HeatMap:
     """Cells in grey: they are no errors."""
     row_title: str = ""
     column_title: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points joined in the order of x."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """x and y, none below 0"""
+    colour: str = SYSTEM_COLOURS[0]
+    dashed: bool = False
+
+
+def line_chart(lines: Sequence[Line], title: str, x_title: str, width: float = 330, height: float = 230) -> str:
+    """Lines over axes that begin at 0, with a legend below the title."""
+    left, top, right, bottom = 44.0, 48.0, width - 14, height - 38
+    x_ticks = _ticks(max(x for line in lines for x, _ in line.points))
+    y_ticks = _ticks(max(y for line in lines for _, y in line.points))
+    x_scale, y_scale = (right - left) / x_ticks[-1], (bottom - top) / y_ticks[-1]
+    parts = [
+        _text(width / 2, 14, title, anchor="middle"),
+        _text((left + right) / 2, height - 6, x_title, anchor="middle", size=11, colour=_GREY),
+    ]
+    for tick in y_ticks:
+        y = bottom - tick * y_scale
+        parts += [_line(left, y, right, y, _LINE), _text(left - 5, y + 4, f"{tick:g}", "end", 11, _GREY)]
+    for tick in x_ticks:
+        parts.append(_text(left + tick * x_scale, bottom + 15, f"{tick:g}", "middle", 11, _GREY))
+    for number, line in enumerate(lines):
+        places = [(left + x * x_scale, bottom - y * y_scale) for x, y in sorted(line.points)]
+        stroke = f'stroke="{line.colour}"' + (' stroke-dasharray="5 4"' if line.dashed else ' stroke-width="2"')
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{joined}" fill="none" {stroke}/>')
+        if not line.dashed:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.colour}"/>' for x, y in places]
+        start = left + number * (right - left) / len(lines)
+        parts.append(f'<line x1="{start:.1f}" y1="29" x2="{start + 22:.1f}" y2="29" {stroke}/>')
+        parts.append(_text(start + 27, 33, line.label, size=11, colour=_GREY))
+    return _svg(width, height, parts, title)
 
 
 def bar_chart(bars: Sequence[Bar], title: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ def repeat_last(x: Tensor, lengths: Tensor, frames: int) -> Tensor:
 def upsample(x: Tensor, factor: int) -> Tensor:
     """Repeat each frame: (T, N, C) to (T * factor, N, C)."""
     return x.repeat_interleave(factor, dim=0)
+
+
+def _upsampled(x: Tensor, factor: int, frames: int) -> Tensor:
+    return upsample(x, factor)[:frames]
 
 
 class Stack(nn.Module):
@@ -126,7 +131,8 @@ class DownsampledStack(nn.Module):
         low = self.downsample(x, lengths)
         ends = None if lengths is None else (lengths + self.factor - 1) // self.factor
         y = self.encoder(low, chunk_size, feature_mask, attn_mask, key_padding_mask, ends)
-        return self.out_combiner(x, upsample(y, self.factor)[: x.shape[0]])
+        upsampled = partial(_upsampled, y.detach(), self.factor, x.shape[0])
+        return self.out_combiner(x, _upsampled(y, self.factor, x.shape[0]), upsampled)
 
 
 def chunk_attention_mask(frames: int, chunk_size: int, left_chunks: int, device: torch.device | None = None) -> Tensor:

@@ -142,11 +142,13 @@ def exportable_operations() -> Iterator[None]:
     replaced = [
         (activations._Swoosh, "apply", _swoosh),
         (activations._Gated, "apply", lambda x, gate: x * gate.sigmoid()),
+        (activations._TanhGated, "apply", lambda x, gate: x * gate.tanh()),
         (attention.RelativePositions, "forward", _positions),
         (attention._AlignOffsets, "apply", _align_offsets),
         (encoder.Downsample, "forward", _downsample),
         (encoder, "upsample", _upsample),
         (frontend, "check_lengths", lambda features, num_frames: None),
+        (frontend, "in_parts", lambda image, hidden_channels: [image]),
         (layers, "depthwise_conv", _depthwise_conv),
         (Tensor, "unflatten", _unflatten),
     ]

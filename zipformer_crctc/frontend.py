@@ -6,15 +6,24 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.1 (Conv-Embed).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, swoosh_l
+from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, for_two, swoosh_l, swoosh_r
 from zipformer_crctc.products import Linear, linear
-from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
+from zipformer_crctc.regularisers import Balancer, Parts, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 MIN_FEATURE_FRAMES = 9
+HIDDEN_BYTES = {"cpu": 1 << 24, "other": 1 << 28}
+"""The hidden images of ConvNeXt are the largest arrays of the model; so many bytes of them are there at once.
+
+By device: accelerators want more work at a time than the caches of a CPU.
+"""
 
 
 def output_frames(num_frames: Tensor) -> Tensor:
@@ -25,6 +34,12 @@ def output_frames(num_frames: Tensor) -> Tensor:
 def padding_mask(lengths: Tensor, frames: int) -> Tensor:
     """(N, T), True at frames beyond an utterance's length."""
     return torch.arange(frames, device=lengths.device) >= lengths[:, None]
+
+
+def in_parts(image: Tensor, hidden_channels: int) -> Sequence[Tensor]:
+    """(N, C, T', F') in parts of some utterances, of each of which the hidden image has at most HIDDEN_BYTES."""
+    each = image[0, 0].numel() * hidden_channels * image.element_size()
+    return image.split(max(1, HIDDEN_BYTES["cpu" if image.device.type == "cpu" else "other"] // each))
 
 
 def check_lengths(features: Tensor, num_frames: Tensor) -> None:
@@ -71,18 +86,23 @@ class ConvNeXt(ScheduledModule):
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
         narrow = self.depthwise_conv(inner)
-        again = narrow.detach()
-        # The hidden image is the largest array of the model: it is not kept, nor is its activation.
-        hidden = self.hidden_balancer(self.pointwise_conv1(narrow))
-        with computed_again(hidden, lambda: self.pointwise_conv1(again)):
-            active = swoosh_l(hidden)
-        with computed_again(active, lambda: swoosh_l(self.pointwise_conv1(again))):
-            residual = self.pointwise_conv2(active)
+        parts = Parts()
+        images = in_parts(narrow, self.pointwise_conv1.out_channels)
+        residual = torch.cat([self._pointwise(image, parts) for image in images])
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
             residual = residual * keep.to(residual.dtype)
         x = self.out_balancer(x + residual)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _pointwise(self, narrow: Tensor, parts: Parts) -> Tensor:
+        """Both pointwise convolutions of some utterances. Neither the hidden image is kept nor its activation."""
+        hidden = self.pointwise_conv1(narrow)
+        hidden_again = for_two(partial(self.pointwise_conv1, narrow.detach()))
+        with computed_again(hidden, hidden_again):
+            active = swoosh_l(self.hidden_balancer(hidden, parts))
+        with computed_again(active, lambda: swoosh_l(hidden_again())):
+            return self.pointwise_conv2(active)
 
 
 class Conv2dSubsampling(nn.Module):
@@ -142,13 +162,29 @@ class Conv2dSubsampling(nn.Module):
         """
         check_lengths(features, num_frames)
         lengths = output_frames(num_frames)
-        x = self.conv(features[:, None].to(memory_format=torch.channels_last))  # (N, C, T', F')
-        x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)
+        x, not_kept = self._convolved(features[:, None].to(memory_format=torch.channels_last))
+        with not_kept:
+            x = self.convnext(x, padding_mask(lengths, x.shape[2]) if isolate else None)  # (N, C, T', F')
         # The weight's columns are in the order c * F' + f; the image lies in memory in the order f * C + c.
         weight = self.out.weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
         x = linear(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
         x = self.out_norm(self.out_whiten(x))
         return self.dropout(x), lengths
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, AbstractContextManager[None]]:
+        """(N, 1, T, F) to (N, C, T', F'), and the context of what comes next, where that is not kept.
+
+        What Swoosh gives is as large as its input, from which the backward pass computes it again.
+        """
+        not_kept: AbstractContextManager[None] = nullcontext()
+        for layer in self.conv:
+            with not_kept:
+                y = layer(x)
+            not_kept = nullcontext()
+            if isinstance(layer, SwooshR) and y.requires_grad:
+                not_kept = computed_again(y, partial(swoosh_r, x.detach()))
+            x = y
+        return x, not_kept
 
 
 def scale_initial_values(layer: nn.Linear | nn.Conv1d | nn.Conv2d, scale: float) -> None:

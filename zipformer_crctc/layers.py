@@ -7,6 +7,7 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, gated, swoosh_l, swoosh_r
+from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, for_two, gated, swoosh_l, swoosh_r
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter
 from zipformer_crctc.schedule import Schedule, ScheduledModule
+
+CHEAP_CHANNELS = 256
+"""Up to so many channels a feed-forward module computes its hidden channels again, in place of keeping them.
+
+That takes 2 C operations for each value, and is of most use where C is small, as the first stacks have most frames.
+"""
 
 
 class FeedForward(nn.Module):
@@ -42,16 +49,27 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, N, C) to the same shape."""
-        hidden = self.hidden_balancer(self.in_proj(x))
+        hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
 
         def activate(hidden: Tensor) -> Tensor:
             return swoosh_l(hidden) if mask is None else swoosh_l(hidden) * mask
 
-        active = activate(hidden)
-        with computed_again(active, partial(activate, hidden.detach())):
+        hidden_again: Callable[[], Tensor]
+        if x.shape[-1] <= CHEAP_CHANNELS:
+            hidden_again = for_two(partial(self.in_proj, x.detach()))
+            with computed_again(hidden, hidden_again):
+                active = activate(self.hidden_balancer(hidden))
+        else:
+            hidden_again = partial(_itself, hidden.detach())
+            active = activate(self.hidden_balancer(hidden))
+        with computed_again(active, lambda: activate(hidden_again())):
             y = self.out_proj(active)
         return self.out_whiten(y)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -165,17 +183,22 @@ class ConvModule(nn.Module):
     ) -> Tensor:
         """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
         v, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = gated(v, self.balancer1(gate))
-        if key_padding_mask is not None:
-            u.masked_fill_(key_padding_mask.t()[:, :, None], 0.0)
-        if isinstance(self.depthwise_conv, ChunkCausalConv):
-            u = self.depthwise_conv(u, chunk_size, lengths)
-        else:
-            u = depthwise_conv(u, self.depthwise_conv)
+        u = _without(gated(v, self.balancer1(gate)), key_padding_mask)
+        v, gate = v.detach(), gate.detach()
+        with computed_again(u, lambda: _without(gated(v, gate), key_padding_mask)):
+            if isinstance(self.depthwise_conv, ChunkCausalConv):
+                u = self.depthwise_conv(u, chunk_size, lengths)
+            else:
+                u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
         active = swoosh_r(u)
         with computed_again(active, partial(swoosh_r, u.detach())):
             return self.out_proj(active)
+
+
+def _without(u: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """u of (T, N, C) with zeros at padding, written into it."""
+    return u if key_padding_mask is None else u.masked_fill_(key_padding_mask.t()[:, :, None], 0.0)
 
 
 class Bypass(ScheduledModule):
@@ -192,15 +215,20 @@ class Bypass(ScheduledModule):
         self.skip_rate = skip_rate
         self.scale_min = Schedule((0, 0.9), (20000, 0.2))
 
-    def forward(self, original: Tensor, x: Tensor) -> Tensor:
-        """(T, N, C) twice to (T, N, C)."""
+    def forward(self, original: Tensor, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+        """(T, N, C) twice to (T, N, C); again gives x anew, which is then not kept for the backward pass."""
         scale: Tensor = self.bypass_scale
         if self.training:
             scale = limit_parameter(scale, self.value(self.scale_min), 1.0)
             skip_rate = self.value(self.skip_rate)
             if skip_rate > 0.0:
                 scale = scale * _keep_mask(x, skip_rate)
-        return original + (x - original) * scale
+        difference = x - original
+        if again is None:
+            return original + difference * scale
+        kept = original.detach()
+        with computed_again(difference, lambda: again() - kept):
+            return original + difference * scale
 
 
 def _keep_mask(x: Tensor, skip_rate: float) -> Tensor:
@@ -314,8 +342,9 @@ class EncoderLayer(ScheduledModule):
         convolved = self.conv_module2(x, key_padding_mask, chunk_size, lengths)
         x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
         x = _add(x, self.balancer_ff3(self.feed_forward3(x)), self._skip_mask(x, self.ff3_skip_rate))
-        x = self.norm(self.balancer1(x))
-        x = self.bypass(original, x)
+        x = self.balancer1(x)
+        normalised_again = partial(self.norm.values, x.detach(), self.norm.log_scale)
+        x = self.bypass(original, self.norm(x), normalised_again)
         return self.whiten(self.balancer2(x))
 
     def _skip_mask(self, x: Tensor, schedule: Schedule) -> Tensor | None:

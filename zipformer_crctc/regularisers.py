@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,41 @@ def _mean_over_std(positive_share: float) -> float:
     return 0.8139535143 * 0.5 * (math.log(1.0 + y + eps) - math.log(1.0 - y + eps))
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """Of the channels of an array or of a part of it, in the shape that broadcasts over it."""
+
+    count: int
+    """values of a channel"""
+    mean: Tensor
+    variance: Tensor
+
+    @staticmethod
+    def of(x: Tensor, dim: int) -> _Moments:
+        others = [axis for axis in range(x.dim()) if axis != dim % x.dim()]
+        count = x.numel() // x.shape[dim]
+        mean = x.mean(others, keepdim=True)
+        # A difference of sums of squares would cancel where a channel hardly varies.
+        return _Moments(count, mean, torch.linalg.vector_norm(x - mean, dim=others, keepdim=True).square() / count)
+
+    @staticmethod
+    def of_all(parts: Sequence[_Moments]) -> _Moments:
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(part.count for part in parts)
+        mean = torch.stack([part.mean * (part.count / count) for part in parts]).sum(dim=0)
+        spread = [(part.variance + (part.mean - mean).square()) * (part.count / count) for part in parts]
+        return _Moments(count, mean, torch.stack(spread).sum(dim=0))
+
+
+class Parts:
+    """What the calls of a Balancer for the parts of one array share: the decision, and the statistics of them all."""
+
+    def __init__(self) -> None:
+        self.acts: bool | None = None
+        self.moments: list[_Moments] = []
+
+
 class _BalancerFunction(torch.autograd.Function):
     """Adds to the gradient g the term |g| * G, G pushing each channel's statistics into their limits.
 
@@ -38,22 +75,27 @@ class _BalancerFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limits: tuple[float, float, float, float], scale: float, dim: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        limits: tuple[float, float, float, float],
+        scale: float,
+        dim: int,
+        parts: list[_Moments],
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.limits, ctx.scale, ctx.dim = limits, scale, dim
+        ctx.limits, ctx.scale, ctx.dim, ctx.parts = limits, scale, dim, parts
+        parts.append(_Moments.of(at_least_float32(x), dim))  # all are there before the backward pass of any
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         (grad,) = grad_outputs
         x = at_least_float32(saved)
         min_mean, max_mean, min_rms, max_rms = ctx.limits
-        others = [axis for axis in range(x.dim()) if axis != ctx.dim % x.dim()]
-        count = x.numel() // x.shape[ctx.dim]
-        mean = x.mean(others, keepdim=True)
-        centred = x - mean
-        variance = torch.linalg.vector_norm(centred, dim=others, keepdim=True).square() / count
+        moments = _Moments.of_all(ctx.parts)
+        mean, variance = moments.mean, moments.variance
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
         ratio = mean / std
@@ -65,9 +107,9 @@ class _BalancerFunction(torch.autograd.Function):
         rms_of_g = torch.hypot(constant, slope * variance.sqrt())
         # A channel within its limits, or all zero, is left alone.
         factor = torch.where(rms_of_g > 1e-20, ctx.scale / rms_of_g, 0.0)
-        push = torch.addcmul(constant * factor, slope * factor, centred)
+        push = torch.addcmul(constant * factor, slope * factor, x - mean)
         wide_grad = at_least_float32(grad)
-        return torch.addcmul(wide_grad, wide_grad.abs(), push).to(grad.dtype), None, None, None
+        return torch.addcmul(wide_grad, wide_grad.abs(), push).to(grad.dtype), None, None, None, None
 
 
 class Balancer(ScheduledModule):
@@ -110,10 +152,16 @@ class Balancer(ScheduledModule):
             to_rms * self.value(self.max_abs),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and x.requires_grad) or random.random() >= self.value(self.prob):
+    def forward(self, x: Tensor, parts: Parts | None = None) -> Tensor:
+        """x; where it is one of the parts of an array, all calls for them are given one `Parts`."""
+        if not (self.training and x.requires_grad):
             return x
-        return _BalancerFunction.apply(x, self.limits(), self.grad_scale, self.channel_dim)
+        parts = parts or Parts()
+        if parts.acts is None:
+            parts.acts = random.random() < self.value(self.prob)
+        if not parts.acts:
+            return x
+        return _BalancerFunction.apply(x, self.limits(), self.grad_scale, self.channel_dim, parts.moments)
 
 
 def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
