@@ -73,6 +73,7 @@ class ConvNeXt(ScheduledModule):
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
+        self.hidden_channels = hidden_channels
         self.layerdrop_rate = Schedule((0, 0.2), (20000, 0.015))
         self.depthwise_conv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.pointwise_conv1 = PointwiseConv(channels, hidden_channels)
@@ -87,7 +88,7 @@ class ConvNeXt(ScheduledModule):
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
         narrow = self.depthwise_conv(inner)
         parts = Parts()
-        images = in_parts(narrow, self.pointwise_conv1.out_channels)
+        images = in_parts(narrow, self.hidden_channels)
         residual = torch.cat([self._pointwise(image, parts) for image in images])
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
