@@ -33,7 +33,8 @@ from zipformer_crctc import checkpoint, distributed, objective
 from zipformer_crctc.preemption import REQUEUE
 from zipformer_crctc.resume import newest_checkpoint
 
-SHORT: dict[str, Any] = {"num_steps": 8, "max_duration": 4, "save_every_n": 2, "valid_interval": 4, "resume": "auto"}
+SHORT: dict[str, Any] = {"num_steps": 24, "max_duration": 4, "save_every_n": 2, "valid_interval": 4, "resume": "auto"}
+"""More than an epoch, so that every utterance is read."""
 LONG: dict[str, Any] = {**SHORT, "num_steps": 100_000, "valid_interval": 1000, "process_timeout": 60}
 FULL_DISK_BYTES = 50_000
 """Largest file while the disk is "full": logs fit, checkpoints do not."""
@@ -249,11 +250,12 @@ def out_of_memory(data: Path, exp_dir: Path) -> Row:
 
 def damaged_checkpoint(data: Path, exp_dir: Path) -> Row:
     start(data, exp_dir, 1, VERY_SMALL, **SHORT).wait()
-    newest = exp_dir / "checkpoint-8.pt"
+    last = SHORT["num_steps"]
+    newest = exp_dir / f"checkpoint-{last}.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     run = start(data, exp_dir, 1, VERY_SMALL, **SHORT)
     said = "named, and the one before it taken"
-    return finished(run, exp_dir, r"resumed from \S*checkpoint-6\.pt", said)
+    return finished(run, exp_dir, rf"resumed from \S*checkpoint-{last - SHORT['save_every_n']}\.pt", said)
 
 
 def signal_to_workers(data: Path, exp_dir: Path) -> Row:
