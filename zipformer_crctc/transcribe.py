@@ -72,7 +72,7 @@ class TranscribeConfig:
     """Overlap of two windows in seconds."""
     split: str = PAUSES
     """How longer recordings are cut: pauses (windows only where there is none), or windows wherever they fall."""
-    min_pause: float = 0.3
+    min_pause: float = 0.25
     """Shortest pause in seconds that a recording is cut in."""
     batch_seconds: float = 240.0
     """Audio in a batch in seconds, padding included."""

@@ -154,7 +154,7 @@ class PhoneRecognizer:
         overlap: float = 4.0,
         batch_seconds: float = 240.0,
         split: str = PAUSES,
-        min_pause: float = 0.3,
+        min_pause: float = 0.25,
     ) -> None:
         if batch_seconds <= 0:
             raise ValueError(f"batch_seconds: {batch_seconds}; must be above 0")
