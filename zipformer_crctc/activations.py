@@ -49,47 +49,39 @@ def swoosh_r(x: Tensor) -> Tensor:
     return _Swoosh.apply(x, 1.0, 0.313261687)
 
 
+_OPENINGS = {
+    "sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
+    "tanh": (torch.tanh, torch.ops.aten.tanh_backward),
+}
+"""Functions of a gate, and their gradients from that of the result and the result."""
+
+
 class _Gated(torch.autograd.Function):
-    """x * sigmoid(gate), which keeps no more than its two inputs for the backward pass."""
+    """x times a function of the gate, which keeps no more than its two inputs for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(x, gate)
-        return gate.sigmoid().mul_(x)
+        ctx.kind = kind
+        return _OPENINGS[kind][0](gate).mul_(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gate = ctx.saved_tensors
         (grad,) = grad_outputs
-        opening = gate.sigmoid()
-        slope = torch.addcmul(opening, opening, opening, value=-1.0)
-        return opening.mul_(grad), slope.mul_(x).mul_(grad)
+        function, gradient = _OPENINGS[ctx.kind]
+        opening = function(gate)
+        return grad * opening, gradient(x * grad, opening), None
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """x * sigmoid(gate), element-wise."""
-    return _Gated.apply(x, gate)
-
-
-class _TanhGated(torch.autograd.Function):
-    """x * tanh(gate), which keeps no more than its two inputs for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        return gate.tanh().mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        x, gate = ctx.saved_tensors
-        (grad,) = grad_outputs
-        opening = gate.tanh()
-        return grad * opening, torch.ops.aten.tanh_backward(x * grad, opening)
+    return _Gated.apply(x, gate, "sigmoid")
 
 
 def tanh_gated(x: Tensor, gate: Tensor) -> Tensor:
     """x * tanh(gate), element-wise."""
-    return _TanhGated.apply(x, gate)
+    return _Gated.apply(x, gate, "tanh")
 
 
 @contextmanager

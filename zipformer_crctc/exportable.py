@@ -141,8 +141,7 @@ def exportable_operations() -> Iterator[None]:
     """Within this context the model computes the same, in evaluation mode, by operations that graphs can hold."""
     replaced = [
         (activations._Swoosh, "apply", _swoosh),
-        (activations._Gated, "apply", lambda x, gate: x * gate.sigmoid()),
-        (activations._TanhGated, "apply", lambda x, gate: x * gate.tanh()),
+        (activations._Gated, "apply", lambda x, gate, kind: x * activations._OPENINGS[kind][0](gate)),
         (attention.RelativePositions, "forward", _positions),
         (attention._AlignOffsets, "apply", _align_offsets),
         (encoder.Downsample, "forward", _downsample),
