@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 """Parameters of glibc's mallopt, from malloc.h."""
-OWN_PAGES_FROM = 1 << 25
-"""Bytes of an array that still gets pages of its own, returned when it is freed; kept, such arrays would leave gaps."""
+OWN_PAGES_FROM = 1 << 30
+"""Bytes of an array that gets pages of its own, which are returned when it is freed."""
 
 
 def keep_freed_memory() -> None:
@@ -21,6 +22,8 @@ def keep_freed_memory() -> None:
     if (mallopt := _glibc("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
         mallopt(M_TRIM_THRESHOLD, -1)
+        # Else the thread of the backward pass has a heap of its own and cannot use what the forward pass has freed.
+        mallopt(M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:

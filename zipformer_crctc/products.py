@@ -7,12 +7,7 @@ R rows, I and O channels.
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-# Read by oneDNN at its first product: how many programs for shapes it keeps. Batches of many lengths need more than its
-# 1024, but each is some 100 KB that lies between the arrays of the heap for good.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 
 import torch
 from torch import Tensor, nn
