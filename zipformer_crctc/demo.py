@@ -9,13 +9,12 @@ Legend: S samples at 16 kHz.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,12 @@ if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from zipformer_crctc.audio import AudioError, AudioStream
-from zipformer_crctc.checks import check_decode
-from zipformer_crctc.commandline import run_program, search_warnings
-from zipformer_crctc.config import DataConfig, DecodeConfig
+from zipformer_crctc.commandline import run_program
 from zipformer_crctc.features import SAMPLING_RATE
-from zipformer_crctc.flags import add_flags, raise_if_any, read_flags, to_plain
-from zipformer_crctc.memory import keep_freed_memory
+from zipformer_crctc.recognizerflags import ModelFlags, RecognizerArgs, parse_recognizer_args
 from zipformer_crctc.reportcolours import colour, definitions
 from zipformer_crctc.spectrogram import Tier, spectrogram
 from zipformer_crctc.text import visible
@@ -71,16 +66,9 @@ STYLE = """
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(ModelFlags):
     """Which model is shown, and where."""
 
-    model: str | None = None
-    """Checkpoint of ours or a published one (.pt, .pth), a folder of them, a folder with config.json and
-    model.safetensors, or a Hugging Face id."""
-    avg: int = 1
-    """Number of checkpoints of a folder to average."""
-    iter: int = 0
-    """Last of the checkpoint-N.pt files to average; 0 is the newest."""
     inventories: Path | None = None
     """Folder of phone inventories to choose from, files LANGUAGE.txt as local/phone_inventory.py writes them."""
     host: str = "127.0.0.1"
@@ -89,21 +77,6 @@ class DemoConfig:
     """Port to serve; 0 is the first free one from 7860 on."""
     open_browser: bool = True
     """Open the page in the browser of this machine."""
-
-
-@dataclass(frozen=True)
-class DemoArgs:
-    """What demo.py was asked to do."""
-
-    config: DemoConfig
-    decode: DecodeConfig
-    warnings: tuple[str, ...]
-    print_config: bool
-
-    def to_json(self) -> str:
-        """The whole configuration, for --print-config."""
-        decode = {name: value for name, value in to_plain(self.decode).items() if name in DECODE_FIELDS}
-        return json.dumps({"demo": to_plain(self.config), "decode": decode}, indent=2, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -218,44 +191,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_program("demo.py", lambda: parse_args(argv), run)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> DemoArgs:
+def parse_args(argv: Sequence[str] | None = None) -> RecognizerArgs[DemoConfig]:
     """The checked configuration. Raises ConfigError; exits with status 2 for unknown flags and with 0 for --help."""
     parser = argparse.ArgumentParser(description="Show a model in the browser of this machine.", allow_abbrev=False)
-    add_flags(parser, DemoConfig, (DemoConfig.__doc__ or "").splitlines()[0])
-    add_flags(parser, DecodeConfig, "The search, as of decode.py.", DECODE_FIELDS)
-    parser.add_argument("--print-config", action="store_true", help="check all flags, print them as JSON and exit")
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    problems: list[str] = []
-    config = DemoConfig(**read_flags(given, DemoConfig, problems))
-    own = {field.name for field in fields(DemoConfig)}
-    searching = {name: value for name, value in given.items() if name not in own}
-    decode = DecodeConfig(**read_flags(searching, DecodeConfig, problems))
-    problems += check_decode(decode, DataConfig(), {})
-    if not config.model:
-        problems.append("--model is missing: name a checkpoint, a folder of them, or a Hugging Face id.")
-    if config.avg < 1:
-        problems.append(f"--avg {config.avg}: must be at least 1.")
-    raise_if_any(problems)
-    return DemoArgs(config, decode, tuple(search_warnings(decode, given)), given["print_config"])
+    return parse_recognizer_args(parser, DemoConfig, DECODE_FIELDS, argv, lambda config, inputs: [])
 
 
-def run(args: DemoArgs) -> None:
+def run(args: RecognizerArgs[DemoConfig]) -> None:
     """Load the model and serve the page until the program is interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it names every request to the page itself
     for warning in args.warnings:
         logger.warning(warning)
-    config, decode = args.config, args.decode
-    assert config.model is not None
-    inventories = {} if config.inventories is None else read_inventories(config.inventories)
-    keep_freed_memory()
-    if decode.num_threads:
-        torch.set_num_threads(decode.num_threads)
-    recognizer = PhoneRecognizer.from_pretrained(
-        config.model, device=decode.device, avg=config.avg, iter=config.iter, decode=decode
-    )
+    inventories = {} if args.config.inventories is None else read_inventories(args.config.inventories)
+    recognizer = args.load()
     with tempfile.TemporaryDirectory() as folder:
-        page, url = serve(Demo(recognizer, inventories, Path(folder)), config)
+        page, url = serve(Demo(recognizer, inventories, Path(folder)), args.config)
         logger.info("the page is at %s; Ctrl-C ends it", url)
         page.block_thread()
 

@@ -53,7 +53,15 @@ def format_value(value: Any) -> str:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Docstrings under the fields of a dataclass, by field name, white space collapsed."""
+    """Docstrings under the fields of a dataclass and its bases, by field name, white space collapsed."""
+    docs = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs.update(_own_field_docs(base))
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (node,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     docs = {}

@@ -12,20 +12,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
-from zipformer_crctc.checks import check_decode
-from zipformer_crctc.commandline import run_program, search_warnings
-from zipformer_crctc.config import DataConfig, DecodeConfig
-from zipformer_crctc.flags import add_flags, raise_if_any, read_flags, to_plain
-from zipformer_crctc.memory import keep_freed_memory
+from zipformer_crctc.commandline import run_program
+from zipformer_crctc.recognizerflags import ModelFlags, RecognizerArgs, parse_recognizer_args
 from zipformer_crctc.results import write_atomically
 from zipformer_crctc.shar import Skipped
 from zipformer_crctc.sources import find_sources
@@ -46,16 +40,9 @@ NAME = "transcripts"
 
 
 @dataclass(frozen=True)
-class TranscribeConfig:
+class TranscribeConfig(ModelFlags):
     """Which model transcribes, how recordings are cut, and where the results go."""
 
-    model: str | None = None
-    """Checkpoint of ours or a published one (.pt, .pth), a folder of them, a folder with config.json and
-    model.safetensors, or a Hugging Face id."""
-    avg: int = 1
-    """Number of checkpoints of a folder to average."""
-    iter: int = 0
-    """Last of the checkpoint-N.pt files to average; 0 is the newest."""
     use_averaged_model: bool = True
     """Average all batches between two checkpoints, by their running averages, where they hold them."""
     bpe_model: Path | None = None
@@ -84,53 +71,20 @@ class TranscribeConfig:
     """Show a progress bar where standard error is a terminal."""
 
 
-@dataclass(frozen=True)
-class TranscribeArgs:
-    """What transcribe.py was asked to do."""
-
-    inputs: tuple[str, ...]
-    config: TranscribeConfig
-    decode: DecodeConfig
-    warnings: tuple[str, ...]
-    print_config: bool
-
-    def to_json(self) -> str:
-        """The whole configuration, for --print-config."""
-        decode = {name: value for name, value in to_plain(self.decode).items() if name in DECODE_FIELDS}
-        parts = {"inputs": list(self.inputs), "transcribe": to_plain(self.config), "decode": decode}
-        return json.dumps(parts, indent=2, ensure_ascii=False)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; status 2 for a bad configuration or model, 1 where some recordings could not be used."""
     run_program("transcribe.py", lambda: parse_args(argv), run)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TranscribeArgs:
+def parse_args(argv: Sequence[str] | None = None) -> RecognizerArgs[TranscribeConfig]:
     """The checked configuration. Raises ConfigError; exits with status 2 for unknown flags and with 0 for --help."""
     parser = argparse.ArgumentParser(description="Transcribe recordings to IPA phones.", allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", metavar="AUDIO", help="files, folders, patterns; - is standard input")
-    add_flags(parser, TranscribeConfig, (TranscribeConfig.__doc__ or "").splitlines()[0])
-    add_flags(parser, DecodeConfig, "The search, as of decode.py.", DECODE_FIELDS)
-    parser.add_argument("--print-config", action="store_true", help="check all flags, print them as JSON and exit")
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    problems: list[str] = []
-    config = TranscribeConfig(**read_flags(given, TranscribeConfig, problems))
-    own = {field.name for field in fields(TranscribeConfig)}
-    searching = {name: value for name, value in given.items() if name not in own}
-    decode = DecodeConfig(**read_flags(searching, DecodeConfig, problems))
-    problems += check_decode(decode, DataConfig(), {})
-    problems += _problems(config, given["inputs"])
-    raise_if_any(problems)
-    return TranscribeArgs(
-        tuple(given["inputs"]), config, decode, tuple(search_warnings(decode, given)), given["print_config"]
-    )
+    return parse_recognizer_args(parser, TranscribeConfig, DECODE_FIELDS, argv, _problems)
 
 
 def _problems(config: TranscribeConfig, inputs: Sequence[str]) -> list[str]:
     problems = []
-    if not config.model:
-        problems.append("--model is missing: name a checkpoint, a folder of them, or a Hugging Face id.")
     if not inputs:
         problems.append("no audio: name files, folders or patterns, or - for standard input.")
     if unknown := [name for name in config.output_formats if name not in FORMATS]:
@@ -140,15 +94,14 @@ def _problems(config: TranscribeConfig, inputs: Sequence[str]) -> list[str]:
             f"--output-formats {','.join(config.output_formats)}: without --output-dir one of {','.join(PRINTED)} is "
             "printed; give --output-dir."
         )
-    for name in ("avg", "channel"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            problems.append(f"--{name} {value}: must be at least 1.")
+    if config.channel is not None and config.channel < 1:
+        problems.append(f"--channel {config.channel}: must be at least 1.")
     if config.split not in SPLITS:
         problems.append(f"--split {config.split}: must be {' or '.join(SPLITS)}.")
     return problems
 
 
-def run(args: TranscribeArgs) -> None:
+def run(args: RecognizerArgs[TranscribeConfig]) -> None:
     """Transcribe everything; exits with status 1 where some recordings could not be used."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for warning in args.warnings:
@@ -173,23 +126,14 @@ def run(args: TranscribeArgs) -> None:
         sys.exit(1)
 
 
-def _recognizer(args: TranscribeArgs) -> PhoneRecognizer:
+def _recognizer(args: RecognizerArgs[TranscribeConfig]) -> PhoneRecognizer:
     config, decode = args.config, args.decode
-    assert config.model is not None
-    keep_freed_memory()
-    if decode.num_threads:
-        torch.set_num_threads(decode.num_threads)
-    return PhoneRecognizer.from_pretrained(
-        config.model,
-        device=decode.device,
-        avg=config.avg,
-        iter=config.iter,
+    return args.load(
         use_averaged_model=config.use_averaged_model,
         bpe_model=config.bpe_model,
         published_padding=decode.published_padding,
         chunk_size=config.chunk_size,
         left_context_frames=config.left_context_frames,
-        decode=decode,
         correction=TimeCorrection.read(decode.time_correction) if decode.time_correction else None,
         window=config.window,
         overlap=config.overlap,
