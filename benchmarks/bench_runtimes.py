@@ -278,8 +278,8 @@ def make_row(
         columns={
             "symbols that differ": sum(edit_distance(theirs, ours) for ours, theirs in pairs),
             "of": sum(len(theirs) for _, theirs in pairs),
-            "largest log-prob difference": difference,
-            "PER %": round(counts.per, 2),
+            "largest log-prob difference": difference and float(f"{difference:.2g}"),
+            "PER %": round(counts.per, 3),
             "MB": round(runtime.path.stat().st_size / 1e6, 1),
         },
     )

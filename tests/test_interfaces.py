@@ -26,7 +26,7 @@ from zipformer_crctc.tokenizer import PhoneTokenizer
 from zipformer_crctc.transcriber import PhoneRecognizer
 
 PRESET = os.environ.get("INTERFACES_PRESET", "small")
-"""`large` takes minutes and 10 GiB of memory."""
+"""`large` takes minutes and 8 GiB of memory."""
 TOLERANCE = 1e-3
 """On log-probabilities."""
 
