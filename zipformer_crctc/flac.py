@@ -1,7 +1,7 @@
 """FLAC data in memory -> samples.
 
-miniaudio's decoder (dr_flac) takes half of libsndfile's time. Both are lossless, so the samples are equal to the bit.
-Whatever it does not decode whole is left to libsndfile, whose errors are the ones that are reported.
+miniaudio's decoder (dr_flac) takes three fifths of libsndfile's time. Both are lossless, so the samples are equal to
+the bit. Whatever it does not decode whole is left to libsndfile, whose errors are the ones that are reported.
 """
 
 from __future__ import annotations
