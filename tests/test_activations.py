@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,6 +146,18 @@ def test_what_is_computed_again_is_not_kept() -> None:
     assert calls == [False]
     want = torch.autograd.grad((swoosh_l(x) @ weight.t()).square().sum(), [x, weight])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, want, strict=True))
+
+
+def test_a_small_array_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "KEPT_BYTES", 4 * 30)
+    for rows, times in ((5, 0), (6, 1)):
+        x = torch.randn(rows, 6, requires_grad=True)
+        compute = Mock(return_value=swoosh_l(x.detach()))
+        y = swoosh_l(x)
+        with computed_again(y, compute):
+            z = y.square()
+        z.sum().backward()
+        assert compute.call_count == times
 
 
 def test_one_computation_is_for_two_calls() -> None:

@@ -101,9 +101,9 @@ def test_output_frame_sees_its_part_of_the_input() -> None:
         assert seen.max() == min(60, 2 * t + 14)
 
 
-@pytest.mark.parametrize(("frames", "num_frames"), [(40, [38, 30]), (40, [40, 8]), (30, [40, 30])])
+@pytest.mark.parametrize(("frames", "num_frames"), [(40, [40, 8]), (30, [40, 30])])
 def test_lengths_must_fit(frames: int, num_frames: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"longest must span them all.*at least 9"):
+    with pytest.raises(ValueError, match=r"none may be longer.*at least 9"):
         small_frontend()(torch.randn(2, frames, 80), torch.tensor(num_frames))
 
 

@@ -213,8 +213,9 @@ def test_plain_ctc(augmented: bool) -> None:
     torch.manual_seed(0)
     model = Listener()
     loss = Objective(plain_run(enable_spec_aug=augmented), digits).train_loss(model, batch, FLOAT32)
-    assert model.features[0].shape == (2, 300, 80)
-    assert torch.equal(model.features[0], batch.features) is not augmented
+    assert model.features[0].shape == (2, 304, 80)
+    assert torch.equal(model.features[0][:, :300], batch.features) is not augmented
+    assert augmented or (model.features[0][:, 300:] == LOG_EPS).all()
     log_probs, lengths = Listener()(batch.features, batch.num_frames)
     want = ctc_loss(log_probs, lengths, torch.tensor([3, 4, 5, 6, 7, 3, 4, 5, 6]), torch.tensor([5, 4]))
     assert loss.total.item() == pytest.approx(want.item())  # a sum, without the half

@@ -84,6 +84,10 @@ def tanh_gated(x: Tensor, gate: Tensor) -> Tensor:
     return _Gated.apply(x, gate, "tanh")
 
 
+KEPT_BYTES = 1 << 22
+"""Arrays up to this size are kept all the same: they need little memory, and computing them again a tenth more time."""
+
+
 @contextmanager
 def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.
@@ -93,7 +97,7 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
             memory.
         compute: gives y anew, in its shape; called without gradients and, for mixed precision, as y was.
     """
-    if not y.requires_grad:
+    if not y.requires_grad or y.numel() * y.element_size() <= KEPT_BYTES:
         yield
         return
     place, count, kind = y.data_ptr(), y.numel(), y.device.type

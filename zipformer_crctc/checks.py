@@ -198,8 +198,8 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
     if values["resume"] == "auto" and (values["start_batch"] > 0 or values["start_epoch"] > 1):
         yield "--resume auto: finds the checkpoint itself; leave out --start-batch and --start-epoch, or --resume."
-    if values["precision"] in ("bf16", "fp16") and values["device"] == "cpu":
-        yield f"--precision {values['precision']}: a CPU trains in fp32; give fp32 or auto, or --device cuda."
+    if values["precision"] == "fp16" and values["device"] == "cpu":
+        yield "--precision fp16: a CPU trains in fp32 or bf16; give one of them or auto, or --device cuda."
 
 
 def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[str, Any]) -> list[str]:

@@ -43,13 +43,12 @@ def in_parts(image: Tensor, hidden_channels: int) -> Sequence[Tensor]:
 
 
 def check_lengths(features: Tensor, num_frames: Tensor) -> None:
-    """Raise ValueError for an utterance too short to give one output frame, or features longer than the longest."""
-    if (features.shape[1] - 7) // 2 != int(output_frames(num_frames.max())) or int(
-        num_frames.min()
-    ) < MIN_FEATURE_FRAMES:
+    """Raise ValueError for an utterance too short to give one output frame, or longer than the features."""
+    shortest, longest = (int(bound) for bound in num_frames.aminmax())
+    if longest > features.shape[1] or shortest < MIN_FEATURE_FRAMES:
         raise ValueError(
             f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
-            f"the longest must span them all and each needs at least {MIN_FEATURE_FRAMES}"
+            f"none may be longer, and each needs at least {MIN_FEATURE_FRAMES}"
         )
 
 
@@ -151,7 +150,7 @@ class Conv2dSubsampling(nn.Module):
         """Embed features.
 
         Args:
-            features: (N, T, F) log-mel features, T the longest of num_frames.
+            features: (N, T, F) log-mel features, T at least the longest of num_frames.
             num_frames: (N,) valid frames of each utterance, at least 9.
             isolate: what follows an utterance does not change its embeddings.
 
@@ -159,7 +158,7 @@ class Conv2dSubsampling(nn.Module):
             embeddings (N, T', C) and their lengths (N,).
 
         Raises:
-            ValueError: an utterance too short to give one output frame, or T that is not the longest length.
+            ValueError: an utterance too short to give one output frame, or longer than T.
         """
         check_lengths(features, num_frames)
         lengths = output_frames(num_frames)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zipformer_crctc.augment import spec_augment, time_warp
 from zipformer_crctc.config import Config
 from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.losses import consistency_loss, ctc_loss, downsample_time_mask
+from zipformer_crctc.products import missing_to_grid
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -87,6 +89,7 @@ class Objective:
             plain: CTC on the features as they are, also where the configuration asks for CR-CTC.
         """
         features, num_frames, targets = self._inputs(batch)
+        features = F.pad(features, (0, 0, 0, missing_to_grid(features.shape[1])), value=LOG_EPS)
         time_mask = None
         consistent = self.consistent and not plain
         if consistent:

@@ -80,13 +80,18 @@ class _OnednnLinear(torch.autograd.Function):
         )
 
 
-def _to_grid(x: Tensor) -> Tensor:
-    """(R, C) with rows of zeros appended, so that R has one of sixteen values between a power of two and the next.
+def missing_to_grid(size: int) -> int:
+    """What to add to a size, so that it has one of sixteen values between a power of two and the next.
 
-    oneDNN prepares a program for every new shape, for milliseconds; batches have many different numbers of frames.
+    Batches have many different numbers of frames, and every new shape costs: oneDNN prepares programs for it, and the
+    arrays of a step do not fit where those of the last one were.
     """
-    step = 1 << max(0, len(x).bit_length() - 5)
-    missing = -len(x) % step if len(x) <= MAX_GRID_ROWS else 0
+    return -size % (1 << max(0, size.bit_length() - 5))
+
+
+def _to_grid(x: Tensor) -> Tensor:
+    """(R, C) with rows of zeros appended, see `missing_to_grid`."""
+    missing = missing_to_grid(len(x)) if len(x) <= MAX_GRID_ROWS else 0
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 

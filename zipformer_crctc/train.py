@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 SCHEDULE_INTERVAL = 10
 """Batches between settings of the scheduled values."""
 
-MEMORY_INTERVAL = 10
+MEMORY_INTERVAL = 50
 """Batches after which memory that nothing uses goes back to the system."""
 
 DRY_RUN_STEPS = 5

@@ -2,7 +2,8 @@
 
 Starts the command and looks at it and all its descendants every --interval seconds, until it ends or the minutes are
 over (it is then asked to end by SIGTERM). Prints a table of the processes that lived for half of the time, by sixths of
-their lives; exit status 1 if memory or descriptors of one of them grew from the second sixth to the last.
+their lives; exit status 1 if one of them grew from the second sixth to the last: in the median of its memory, or in
+descriptors, if it never had as few again as it had at most.
 Memory is the proportional set size: pages that processes share are counted once. Linux only.
 """
 
@@ -22,7 +23,6 @@ PARTS = 6
 GROWTH = 1.05
 """Memory may vary by so much from one part to another."""
 SLACK_MIB = 16
-SLACK_FILES = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def row(name: str, looks: list[Look], interval: float) -> tuple[str, bool]:
     parts = [looks[a:b] for a, b in itertools.pairwise(bounds)]
     memory = [statistics.median(seen.mib for seen in part) for part in parts]
     files = [max(seen.files for seen in part) for part in parts]
-    grew = memory[-1] > GROWTH * memory[1] + SLACK_MIB or files[-1] > files[1] + SLACK_FILES
+    leaks = min(seen.files for seen in parts[-1]) > files[1]
+    grew = memory[-1] > GROWTH * memory[1] + SLACK_MIB or leaks
     cells = [
         name,
         f"{len(looks) * interval / 60:.0f}",
