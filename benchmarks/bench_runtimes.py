@@ -111,26 +111,30 @@ def run(args: DecodeArgs) -> None:
     own: BenchConfig = args.own
     recogniser = load_recogniser(args)
     spoken = read_utterances(args, recogniser.tokenizer)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_models(recogniser, folder)
         pytorch, *others = list(runtimes(folder, recogniser.tokenizer))
         heard = in_turns([pytorch, *others], spoken, own.repeats)
-        rows = [make_row(pytorch, spoken, heard[PYTORCH], heard[PYTORCH])]
+        rows = [make_row(PYTORCH, pytorch.path, spoken, heard[PYTORCH], heard[PYTORCH])]
         for runtime in others:
             difference = largest_difference(pytorch, runtime, spoken)
-            rows.append(make_row(runtime, spoken, heard[runtime.name], heard[PYTORCH], difference))
+            rows.append(make_row(runtime.name, runtime.path, spoken, heard[runtime.name], heard[PYTORCH], difference))
         if own.page:
             found = through_the_page(folder, recogniser.tokenizer, spoken[: own.page])
-            page = Runtime(f"page in Chromium, fp32, {own.page} utterances", folder / file_name(*FILES[-1]), list)
-            rows.append(make_row(page, spoken, found, heard[PYTORCH]))
+            name = f"page in Chromium, fp32, {own.page} utterances"
+            rows.append(make_row(name, folder / file_name(*FILES[-1]), spoken, found, heard[PYTORCH]))
     write_rows(own.output, rows)
 
 
 def read_utterances(args: DecodeArgs, tokenizer: PhoneTokenizer) -> list[Spoken]:
     """The first utterances of the sets that the flags name."""
     folders = choose_test_sets(args.decode.test_sets, args.data.data_config).values()
-    found = islice(chain.from_iterable(map(utterances, folders)), args.own.utterances)
+    found = list(islice(chain.from_iterable(map(utterances, folders)), args.own.utterances))
+    if len(found) < args.own.utterances:
+        raise ValueError(
+            f"--utterances {args.own.utterances}: the sets have {len(found)}; name more sets, or ask for less"
+        )
     return [
         Spoken(samples, tokenizer.phones(tokenizer.encode(normalise(text, tokenizer.pieces))))
         for samples, text in found
@@ -259,9 +263,14 @@ def through_the_page(folder: Path, tokenizer: PhoneTokenizer, spoken: Sequence[S
 
 
 def make_row(
-    runtime: Runtime, spoken: Sequence[Spoken], heard: Heard, pytorch: Heard, difference: float | None = None
+    name: str,
+    path: Path,
+    spoken: Sequence[Spoken],
+    heard: Heard,
+    pytorch: Heard,
+    difference: float | None = None,
 ) -> dict[str, Any]:
-    """The row of a runtime that heard the first utterances, or all."""
+    """The row of a runtime with this file of its model, that heard the first utterances or all."""
     audio = sum(len(one.samples) for one in spoken[: len(heard.phones)]) / SAMPLING_RATE
     pytorch_speed = sum(len(one.samples) for one in spoken) / SAMPLING_RATE / pytorch.seconds
     speed = audio / heard.seconds
@@ -269,7 +278,7 @@ def make_row(
     pairs = list(zip(heard.phones, pytorch.phones, strict=False))
     counts = score(zip([one.phones for one in spoken], heard.phones, strict=False))
     return row(
-        runtime.name,
+        name,
         "audio s/s",
         round(speed, 1),
         None if is_pytorch else {"name": "PyTorch", "speed": round(pytorch_speed, 1)},
@@ -280,7 +289,7 @@ def make_row(
             "of": sum(len(theirs) for _, theirs in pairs),
             "largest log-prob difference": difference and float(f"{difference:.2g}"),
             "PER %": round(counts.per, 3),
-            "MB": round(runtime.path.stat().st_size / 1e6, 1),
+            "MB": round(path.stat().st_size / 1e6, 1),
         },
     )
 

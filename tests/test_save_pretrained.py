@@ -110,7 +110,7 @@ def test_the_usual_lines_find_the_phones_of_decoding(
 
 def test_a_causal_model_hears_the_end_of_each_utterance(waveforms: list[np.ndarray]) -> None:
     hf = pytest.importorskip("zipformer_crctc.hf", reason="transformers is not installed: pip install '.[hf]'")
-    sizes = {"causal": True, "chunk_size": (16,), "left_context_frames": (32,)}
+    sizes: dict[str, Any] = {"causal": True, "chunk_size": (16,), "left_context_frames": (32,)}
     tokenizer = PhoneTokenizer.from_table()
     causal = draw_parameters(small_model(tokenizer.vocab_size, **sizes), 0.3).eval()
     recogniser = Recogniser(causal, tokenizer, SMALL_MODEL.with_values(sizes))
