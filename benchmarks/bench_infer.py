@@ -1,17 +1,21 @@
 """Speed and memory of recognition, ours and the peer's in turn.
 
-    python benchmarks/bench_infer.py --peer zipformer-0.1.3-py3-none-any.whl --threads 2 --sizes small
+    pip download --no-deps zipformer==0.1.3
+    python benchmarks/bench_infer.py --peer zipformer-0.1.3-py3-none-any.whl --threads 2 --sizes small --utterances 1 16
 
-`features to phones` is the network and greedy search; `FLAC to phones` also reads FLAC files and computes filterbanks.
-Files, filterbanks and search are ours for the peer too, so the rows differ by the networks. Rows go to
-benchmarks/results/infer.json: seconds of audio recognised per second, and the peak memory.
+`forward pass` is the network; `features to phones` is greedy search besides; `FLAC to phones` also reads FLAC files and
+computes filterbanks. Files, filterbanks and search are ours for the peer too, so the rows differ by the networks.
+`16 x 10 s` is a batch of 16 utterances. Rows go to benchmarks/results/infer.json: seconds of audio recognised per
+second, the real-time factor (seconds of computing per second of audio), and the peak memory.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -32,14 +36,21 @@ from zipformer_crctc.search import greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 OUTPUT = result_path("infer")
-FEATURES, AUDIO = "features to phones", "FLAC to phones"
+NETWORK, FEATURES, AUDIO = "forward pass", "features to phones", "FLAC to phones"
+SPEED = "audio s/s"
 
 
 def main() -> None:
     args = speed.parser(__doc__, ["small"], OUTPUT).parse_args()
-    for case in speed.cases(args, [FEATURES, AUDIO]):
-        rows = speed.measure(make, case, args.steps, args.warmup, args.profile, "audio s/s")
-        speed.write(args.output, rows)
+    for case in speed.cases(args, [NETWORK, FEATURES, AUDIO]):
+        rows = speed.measure(make, case, args.steps, args.warmup, args.profile, SPEED)
+        speed.write(args.output, [with_real_time_factor(row) if row["unit"] == SPEED else row for row in rows])
+
+
+def with_real_time_factor(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the inverse of its speeds."""
+    factors = {"real-time factor": row["ours"], "the peer's": row["peer"] and row["peer"]["speed"]}
+    return {**row, "columns": {name: speed and round(1 / speed, 5) for name, speed in factors.items()}}
 
 
 class Isolated(nn.Module):
@@ -79,18 +90,18 @@ def make(case: Case, who: str) -> Work:
     features = read().to(case.device)
     num_frames = torch.full((case.utterances,), features.shape[1], device=case.device)
 
-    def recognise(given: Tensor) -> list[list[str]]:
+    def forward(given: Tensor) -> tuple[Tensor, Tensor]:
         with autocast:
-            log_probs, lengths = model(given, num_frames)
-        return [tokenizer.phones(found.tokens) for found in greedy_search(log_probs, lengths)]
+            return model(given, num_frames)
 
-    def from_features() -> object:
-        return recognise(features)
+    def recognise(given: Tensor) -> list[list[str]]:
+        return [tokenizer.phones(found.tokens) for found in greedy_search(*forward(given))]
 
     def from_files() -> object:
         return files, recognise(read().to(case.device))  # the files live as long as this function
 
-    return Work(from_files if case.kind == AUDIO else from_features, model, 1.0, from_features)
+    steps = {NETWORK: partial(forward, features), FEATURES: partial(recognise, features), AUDIO: from_files}
+    return Work(steps[case.kind], model, 1.0, steps[NETWORK])
 
 
 if __name__ == "__main__":

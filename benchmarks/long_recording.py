@@ -21,22 +21,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 
 from benchmarks.results_file import result_path, row, write_rows
+from benchmarks.speech import utterances
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.features import SAMPLING_RATE
-from zipformer_crctc.loader import AudioReader, build_eval_loader
 from zipformer_crctc.metrics import edit_distance
 from zipformer_crctc.text import normalise
 from zipformer_crctc.transcriber import PAUSES, SPLITS, PhoneRecognizer
 
 
-def utterances(data_config: Path, name: str) -> list[tuple[np.ndarray, str]]:
-    """Samples and text of every utterance of a set, or of the first set of a kind."""
+def set_folder(data_config: Path, name: str) -> Path:
+    """The folder of a set, or of the first set of a kind."""
     sets = load_data_config(data_config)
     firsts = {kind: folder for kind in ("dev", "test") for folder in list(getattr(sets, kind).values())[:1]}
-    known = {**sets.dev, **sets.test, **firsts}
-    loader, read = build_eval_loader([known[name]], num_workers=0), AudioReader()
-    chosen = [utterance for request in loader.order.epoch(1, 0) for utterance in request.utterances]
-    return [(read(utterance), utterance.text) for utterance in sorted(chosen, key=lambda utterance: utterance.id)]
+    return {**sets.dev, **sets.test, **firsts}[name]
 
 
 def joined(parts: list[np.ndarray], gap: float, snr: float) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -97,7 +94,7 @@ def main() -> int:
     args = parser.parse_args()
     single = PhoneRecognizer.from_pretrained(args.model, iter=args.iter, avg=args.avg)
     tokenizer = single.recogniser.tokenizer
-    chosen = list(repeated(utterances(args.data_config, args.test_set), 60 * args.minutes))
+    chosen = list(repeated(list(utterances(set_folder(args.data_config, args.test_set))), 60 * args.minutes))
     references = [tokenizer.phones(tokenizer.encode(normalise(text, tokenizer.pieces))) for _, text in chosen]
     flat = [phone for reference in references for phone in reference]
     rows, far = [], False

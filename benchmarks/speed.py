@@ -227,7 +227,9 @@ def parser(description: str | None, default_sizes: list[str], output: Path) -> a
     """The flags of every speed benchmark."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--sizes", nargs="+", choices=["tiny", "small", "large"], default=default_sizes)
-    made.add_argument("--utterances", type=int, default=4, help="in a batch; training has two views of each")
+    made.add_argument(
+        "--utterances", type=int, nargs="+", default=[4], help="in a batch; training has two views of each"
+    )
     made.add_argument("--seconds", type=float, default=10.0, help="length of each utterance")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -243,9 +245,10 @@ def parser(description: str | None, default_sizes: list[str], output: Path) -> a
 def cases(args: argparse.Namespace, kinds: list[str]) -> list[Case]:
     """The cases that the flags name."""
     return [
-        Case(kind, size, args.utterances, args.seconds, args.device, args.bf16, args.threads, args.peer)
+        Case(kind, size, utterances, args.seconds, args.device, args.bf16, args.threads, args.peer)
         for kind in kinds
         for size in args.sizes
+        for utterances in args.utterances
     ]
 
 

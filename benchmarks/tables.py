@@ -17,7 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(?<=^<!-- )(benchmarks/results/\w+\.json)( -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
-HEADER = "| case | device | unit | ours | peer | ratio |\n|---|---|---|---:|---:|---:|\n"
+COLUMNS = ("case", "device", "unit", "ours", "peer", "ratio")
+ALIGNMENT = "|---|---|---|---:|---:|---:|"
 
 
 def main() -> None:
@@ -38,14 +39,15 @@ def with_tables(text: str, root: Path) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, and the commands that made them."""
-    lines = [
-        f"| {row['case']} | {row['device']} | {row['unit']} | {number(row['ours'])} | {peer(row['peer'])} "
-        f"| {number(row['ratio'])} |\n"
-        for row in rows
-    ]
+    """Rows as Markdown, with the further `columns` that some of them have, and the commands that made them."""
+    further = list(dict.fromkeys(name for row in rows for name in row.get("columns", {})))
+    lines = [f"| {' | '.join([*COLUMNS, *further])} |\n", ALIGNMENT + len(further) * "---:|" + "\n"]
+    for row in rows:
+        cells = [row["case"], row["device"], row["unit"], number(row["ours"]), peer(row["peer"]), number(row["ratio"])]
+        cells += [number(row.get("columns", {}).get(name)) for name in further]
+        lines.append(f"| {' | '.join(cells)} |\n")
     commands = dict.fromkeys(f"`{row['command']}` ({row['date']})" for row in rows)
-    return HEADER + "".join(lines) + "\n" + "; ".join(commands) + "\n"
+    return "".join(lines) + "\n" + "; ".join(commands) + "\n"
 
 
 def peer(value: dict[str, Any] | str | None) -> str:

@@ -174,10 +174,23 @@ def test_the_model_is_itself_again_afterwards(recogniser: Recogniser, waveforms:
         recogniser.model(torch.zeros(1, 5, 80), torch.tensor([5]))
 
 
-def test_causal_models_are_refused(recogniser: Recogniser, tmp_path: Path) -> None:
-    causal = Recogniser(recogniser.model, recogniser.tokenizer, MODEL.with_values({"causal": True}))
-    with pytest.raises(ValueError, match="causal"):
-        write_onnx(causal, tmp_path / "model.onnx")
+@pytest.mark.parametrize("inputs", ["features", "audio"])
+@pytest.mark.parametrize("chunk_size", [-1, 16, 128])
+def test_a_causal_model_takes_whole_utterances_in_its_chunks(
+    chunk_size: int, inputs: str, waveforms: list[Tensor], tmp_path: Path
+) -> None:
+    """128 frames are longer than the utterances that the graph is made with, and than all of these but the last."""
+    config = MODEL.with_values({"causal": True, "chunk_size": (chunk_size,), "left_context_frames": (32,)})
+    tokenizer = PhoneTokenizer.from_table()
+    model = draw_parameters(build_model(config, tokenizer.vocab_size), 0.3).eval()
+    causal = Recogniser(model, tokenizer, config)
+    write_onnx(causal, tmp_path / "model.onnx", inputs)
+    long = [*waveforms, torch.cat([waveforms[0], waveforms[2], waveforms[3]])]
+    features = [Fbank()(waveform) for waveform in long]
+    with torch.inference_mode():
+        want = [causal.log_probs_of(one[None], torch.tensor([len(one)]))[0][0] for one in features]
+    given = padded(features, LOG_EPS) if inputs == "features" else padded(long)
+    assert largest(*OnnxModel(tmp_path / "model.onnx", num_threads=1)(*given), want) < 1e-3
 
 
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

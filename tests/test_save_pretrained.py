@@ -108,6 +108,21 @@ def test_the_usual_lines_find_the_phones_of_decoding(
     assert processor.decode(ids[0]).split() == want[1]
 
 
+def test_a_causal_model_hears_the_end_of_each_utterance(waveforms: list[np.ndarray]) -> None:
+    hf = pytest.importorskip("zipformer_crctc.hf", reason="transformers is not installed: pip install '.[hf]'")
+    sizes = {"causal": True, "chunk_size": (16,), "left_context_frames": (32,)}
+    tokenizer = PhoneTokenizer.from_table()
+    causal = draw_parameters(small_model(tokenizer.vocab_size, **sizes), 0.3).eval()
+    recogniser = Recogniser(causal, tokenizer, SMALL_MODEL.with_values(sizes))
+    model, processor = hf.to_transformers(recogniser)
+    with torch.inference_mode():
+        logits = model(**processor(waveforms, sampling_rate=16_000)).logits
+        for row, waveform in zip(logits, waveforms, strict=True):
+            features = Fbank()(torch.from_numpy(waveform))[None]
+            want, _ = recogniser.log_probs_of(features, torch.tensor([features.shape[1]]))
+            assert float((row[: want.shape[1]] - want[0]).abs().max()) < 1e-4
+
+
 def test_features_are_ours(loaded: tuple[Any, Any, Path], waveforms: list[np.ndarray]) -> None:
     inputs = loaded[1](waveforms, return_tensors="np")
     for row, mask, waveform in zip(inputs["input_features"], inputs["attention_mask"], waveforms, strict=True):

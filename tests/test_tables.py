@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import ROOT, with_tables
+from benchmarks.tables import ROOT, table, with_tables
 
 ROW = {"device": "CPU", "unit": "m/s", "command": "python x.py", "date": "2026-01-02"}
 
@@ -36,6 +36,18 @@ def test_a_table_is_made_from_its_file_and_the_rest_is_left_alone(tmp_path: Path
     assert with_tables(made, tmp_path) == made
     with pytest.raises(FileNotFoundError):
         with_tables(text.replace("x.json", "y.json"), tmp_path)
+
+
+def test_rows_may_have_further_columns() -> None:
+    row = {**ROW, "case": "fast", "ours": 2.0, "peer": None, "ratio": None}
+    made = table([row, {**row, "columns": {"MB": 17.5}}, {**row, "columns": {"PER %": 6.5, "MB": None}}])
+    assert made.splitlines()[:5] == [
+        "| case | device | unit | ours | peer | ratio | MB | PER % |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| fast | CPU | m/s | 2 | none | - | - | - |",
+        "| fast | CPU | m/s | 2 | none | - | 17.5 | - |",
+        "| fast | CPU | m/s | 2 | none | - | - | 6.5 |",
+    ]
 
 
 def test_those_of_the_readme_are_up_to_date() -> None:

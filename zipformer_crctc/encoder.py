@@ -144,7 +144,7 @@ def chunk_attention_mask(frames: int, chunk_size: int, left_chunks: int, device:
     target, source = chunk[:, None], chunk[None, :]
     masked = source > target
     if left_chunks >= 0:
-        masked |= source < target - left_chunks
+        masked = masked | (source < target - left_chunks)
     return masked
 
 
@@ -214,9 +214,6 @@ class Zipformer(nn.Module):
 
         Returns:
             (ceil(T / output factor), N, max encoder_dim) and the lengths at that rate.
-
-        Raises:
-            ValueError: isolate for a causal model, whose last chunk would end with the longest utterance.
         """
         ends = lengths if isolate else None
         outputs = self.stack_outputs(x, key_padding_mask, ends)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script
@@ -20,7 +20,9 @@ import torch
 from zipformer_crctc.checks import check_no_search
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.exportable import AudioGraph
+from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.flags import raise_if_any
+from zipformer_crctc.frontend import padding_mask
 from zipformer_crctc.onnx_files import INPUTS, PRECISIONS, example, file_name, write_onnx, write_tokens
 from zipformer_crctc.onnx_model import OnnxModel
 from zipformer_crctc.recogniser import Recogniser, load_recogniser
@@ -77,12 +79,12 @@ def largest_difference(recogniser: Recogniser, path: Path, inputs: str) -> float
     """Largest difference in log-probability between the model and a file, over made-up utterances."""
     data, lengths = example(inputs)
     got, num_frames = OnnxModel(path)(data, lengths)
-    device = recogniser.device
     features, frames = data, lengths
     if inputs == "audio":
         graph = AudioGraph(recogniser.model)
         features, frames = graph.fbank(data, lengths), graph.num_frames(lengths)
-    want, _ = recogniser.model(features.to(device), frames.to(device), isolate=True)
+        features = features.masked_fill(padding_mask(frames, features.shape[1])[:, :, None], LOG_EPS)
+    want, _ = replace(recogniser, published_padding=False).log_probs_of(features, frames)
     return max(float((a[:n] - b[:n]).abs().max()) for a, b, n in zip(got, want.cpu(), num_frames, strict=True))
 
 

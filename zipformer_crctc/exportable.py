@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zipformer_crctc import activations, attention, encoder, features, frontend, layers
-from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT
+from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT, LOG_EPS
+from zipformer_crctc.frontend import padding_mask
 from zipformer_crctc.model import CtcModel
+from zipformer_crctc.recogniser import with_silence
 
 
 class FeatureGraph(nn.Module):
@@ -31,6 +33,9 @@ class FeatureGraph(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        if self.model.encoder.causal:
+            padding = padding_mask(x_lens, x.shape[1])
+            x, x_lens = with_silence(x.masked_fill(padding[:, :, None], LOG_EPS), x_lens)
         return self.model(x.to(self.model.encoder_embed.out.weight.dtype), x_lens, isolate=True)
 
 
@@ -118,6 +123,21 @@ def _depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return conv(x.permute(1, 2, 0)).permute(2, 0, 1)
 
 
+def _chunk_causal_conv(module: layers.ChunkCausalConv, x: Tensor, chunk_size: int, lengths: Tensor) -> Tensor:
+    """Chunks may be longer than the utterances here: nothing is known of that when the graph is made."""
+    frames, utterances = x.shape[:2]
+    past = F.pad(x, (0, 0, 0, 0, module.kernel_size // 2, 0))
+    causal = _depthwise_conv(past, module.causal_conv)
+    if chunk_size < 0:
+        return causal + _depthwise_conv(x, module.chunkwise_conv) * module._edge_scales(frames, lengths)
+    chunks = (frames + chunk_size - 1) // chunk_size
+    padded = torch.cat([x, x.new_zeros((chunks * chunk_size - frames, *x.shape[1:]))])
+    by_chunk = padded.reshape(chunks, chunk_size, utterances, -1).transpose(0, 1).flatten(1, 2)
+    within = _depthwise_conv(by_chunk, module.chunkwise_conv).reshape(chunk_size, chunks, utterances, -1)
+    within = within * module._edge_scales(chunk_size, lengths.clamp(max=chunk_size))[:, None]
+    return causal + within.transpose(0, 1).flatten(0, 1)[:frames]
+
+
 def _downsample(module: encoder.Downsample, x: Tensor, lengths: Tensor) -> Tensor:
     groups = (x.shape[0] + module.factor - 1) // module.factor
     x = encoder.repeat_last(x, lengths, groups * module.factor)
@@ -149,6 +169,7 @@ def exportable_operations() -> Iterator[None]:
         (frontend, "check_lengths", lambda features, num_frames: None),
         (frontend, "in_parts", lambda image, hidden_channels: [image]),
         (layers, "depthwise_conv", _depthwise_conv),
+        (layers.ChunkCausalConv, "forward", _chunk_causal_conv),
         (Tensor, "unflatten", _unflatten),
     ]
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from zipformer_crctc.flags import from_plain, raise_if_any, to_plain
 from zipformer_crctc.frontend import MIN_FEATURE_FRAMES, padding_mask
 from zipformer_crctc.model import build_model
 from zipformer_crctc.pretrained import TOKENIZER_FILE
-from zipformer_crctc.recogniser import Recogniser
+from zipformer_crctc.recogniser import Recogniser, with_silence
 from zipformer_crctc.search import greedy_search
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
@@ -80,7 +80,7 @@ class ZipformerCrctcForCTC(PreTrainedModel):
         """Log-probabilities.
 
         Args:
-            input_features: (N, T, 80), as the processor makes them.
+            input_features: (N, T, 80), padded with ln(1e-10) as the processor does.
             attention_mask: (N, T), 1 at frames of the utterance; None for utterances of T frames.
 
         Returns:
@@ -90,6 +90,8 @@ class ZipformerCrctcForCTC(PreTrainedModel):
             num_frames = torch.full((len(input_features),), input_features.shape[1], device=input_features.device)
         else:
             num_frames = attention_mask.sum(dim=1)
+        if self.model.encoder.causal:
+            input_features, num_frames = with_silence(input_features, num_frames)
         logits, lengths = self.model(input_features.to(self.dtype), num_frames, isolate=True)
         beyond = padding_mask(lengths, logits.shape[1])[:, :, None]
         blank = torch.arange(logits.shape[2], device=logits.device) == PhoneTokenizer.blank_id
@@ -169,12 +171,7 @@ class ZipformerCrctcProcessor(ProcessorMixin):
 
 
 def to_transformers(recogniser: Recogniser) -> tuple[ZipformerCrctcForCTC, ZipformerCrctcProcessor]:
-    """A trained model and its tokenizer as transformers objects, with the weights shared.
-
-    Raises ValueError for a causal model, whose chunks would have to end with each utterance.
-    """
-    if recogniser.config.causal:
-        raise ValueError("a causal model cannot be saved for transformers; choose another")
+    """A trained model and its tokenizer as transformers objects, with the weights shared."""
     config = ZipformerCrctcConfig(
         to_plain(recogniser.config),
         recogniser.tokenizer.vocab_size,

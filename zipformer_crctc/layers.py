@@ -123,12 +123,12 @@ class ChunkCausalConv(nn.Module):
 
     def _edge_scales(self, chunk_size: int, ends: Tensor) -> Tensor:
         """As `_edge_scale`, with the right edge of each utterance at its end in ends (N,): (chunk, N, C)."""
-        left, right = self.chunkwise_conv_scale.transpose(1, 2)  # (K, C) each
-        place = torch.arange(chunk_size, device=ends.device)[:, None] + self.kernel_size - ends  # (chunk, N)
         none = self.kernel_size  # the row of zeros for what is no edge
-        place = place.masked_fill((place < 0) | (place > none), none)
-        left = F.pad(left, (0, 0, 0, chunk_size - self.kernel_size))[:, None]
-        return 1.0 + left + F.pad(right, (0, 0, 0, 1))[place]
+        left, right = F.pad(self.chunkwise_conv_scale.transpose(1, 2), (0, 0, 0, 1))  # (K + 1, C) each
+        place = torch.arange(chunk_size, device=ends.device)[:, None]
+        from_right = place + self.kernel_size - ends  # (chunk, N)
+        from_right = from_right.masked_fill((from_right < 0) | (from_right > none), none)
+        return 1.0 + left[place.clamp(max=none)] + right[from_right]
 
     def _edge_scale(self, chunk_size: int) -> Tensor:
         """1 + scales of the left edge, aligned left, + those of the right edge, aligned right: (chunk, C)."""

@@ -38,19 +38,16 @@ def write_onnx(recogniser: Recogniser, path: Path, inputs: str = "features", pre
     float32 in every precision, and `log_probs_len` (N,). N and T are free; each utterance gets what it gets alone.
 
     Args:
-        recogniser: a model that is not causal, on any device; it is not changed.
+        recogniser: a model on any device; it is not changed. A causal one is asked for whole utterances, with its
+            chunk size and left context.
         path: the file.
         inputs: one of INPUTS.
         precision: one of PRECISIONS; int8 has 8-bit weights in the matrix products, and activations quantised as they
             come.
 
     Raises:
-        ValueError: a causal model, or a package that is missing.
+        ValueError: a package that is missing.
     """
-    if recogniser.config.causal:
-        raise ValueError(
-            "a causal model cannot be exported: its chunks would have to end with each utterance; choose another"
-        )
     _require_packages()
     metadata = {name: str(value) for name, value in _metadata(recogniser, inputs).items()}
     if precision != "int8":

@@ -56,10 +56,14 @@ class Recogniser:
         """The same of features (N, T, 80), padded with ln(1e-10), and their lengths (N,)."""
         features, num_frames = features.to(self.device), num_frames.to(self.device)
         if self.config.causal:
-            features = F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS)
-            num_frames = num_frames + CAUSAL_PADDING
+            features, num_frames = with_silence(features, num_frames)
         log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
+
+
+def with_silence(features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, T, 80), padded with ln(1e-10), and lengths (N,) of utterances as a causal model hears them."""
+    return F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS), num_frames + CAUSAL_PADDING
 
 
 def load_recogniser(args: DecodeArgs) -> Recogniser:
