@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 PARTS = {
     "front-end": ("Conv2dSubsampling",),
@@ -75,8 +76,8 @@ def seconds_by_part(model: nn.Module, step: Callable[[], Any], device: str) -> d
         if torch.is_grad_enabled() and model.training:
             module.register_full_backward_pre_hook(watch.enter(part))
             module.register_full_backward_hook(watch.leave(part))
-    torch.optim.optimizer.register_optimizer_step_pre_hook(watch.enter("optimizer"))
-    torch.optim.optimizer.register_optimizer_step_post_hook(watch.leave("optimizer"))
+    register_optimizer_step_pre_hook(watch.enter("optimizer"))
+    register_optimizer_step_post_hook(watch.leave("optimizer"))
     watch.last = time.perf_counter()
     step()
     watch.inside.clear()

@@ -44,7 +44,7 @@ def in_parts(image: Tensor, hidden_channels: int) -> Sequence[Tensor]:
 
 def check_lengths(features: Tensor, num_frames: Tensor) -> None:
     """Raise ValueError for an utterance too short to give one output frame, or longer than the features."""
-    shortest, longest = (int(bound) for bound in num_frames.aminmax())
+    shortest, longest = torch.stack(num_frames.aminmax()).tolist()  # one transfer from the device
     if longest > features.shape[1] or shortest < MIN_FEATURE_FRAMES:
         raise ValueError(
             f"the front-end got {features.shape[1]} feature frames for utterances of {num_frames.tolist()} frames: "
