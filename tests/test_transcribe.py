@@ -116,6 +116,20 @@ def test_a_folder_of_good_and_bad(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert lines["studio"]["duration"] == lines["telephone"]["duration"] == lines["seven"]["duration"] == 1.0
 
 
+def test_two_bad_files_among_a_thousand(model: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "in", tmp_path / "word.wav"
+    folder.mkdir()
+    soundfile.write(words, tone(0.1), RATE)
+    for number in range(998):
+        (folder / f"{number:03d}.wav").hardlink_to(words)
+    (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    (folder / "unreadable.wav").symlink_to("/proc/self/mem")
+    assert run(model, folder, "--output-dir", tmp_path, "--output-formats", "jsonl") == 1
+    lines = read(tmp_path)
+    assert len(lines) == 1000
+    assert {name for name, line in lines.items() if line["problem"] is not None} == {"gone", "unreadable"}
+
+
 def test_a_truncated_mp3_is_transcribed_as_far_as_it_goes(model: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.mp3", tone(4.0), RATE)
     whole = (tmp_path / "a.mp3").read_bytes()
