@@ -25,6 +25,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not in
 
 PATIENCE = 120.0
 """Seconds until a page that does not answer fails the test."""
+AGAIN = 15.0
+"""Seconds after which an action without effect is taken again."""
 # Chromium reads commands from descriptor 3 and answers to 4; they are put there between fork and exec.
 _START = """
 import os, sys
@@ -135,6 +137,19 @@ class Page:
                 )
             time.sleep(0.05)
         return value
+
+    def until(self, action: Callable[[], None], script: str, holds: Callable[[Any], bool] = bool) -> Any:
+        """The same after an action, taken again now and then: what a page gets before it listens is lost."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            action()
+            again = min(deadline, time.monotonic() + AGAIN)
+            while time.monotonic() < again:
+                if holds(value := self.value(script)):
+                    return value
+                time.sleep(0.05)
+            if time.monotonic() > deadline:
+                return self.wait(script, holds)
 
     def text(self, selector: str) -> str:
         """The text of an element; empty where there is none."""

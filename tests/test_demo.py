@@ -118,12 +118,12 @@ def test_the_page_in_a_browser(shown: demo.Demo, recording: Path, tmp_path: Path
     try:
         with Page() as browser:
             browser.open(url)
-            # The upload comes first: its answer shows that the page is ready for clicks.
-            browser.choose_file("input[type=file]", recording)
-            browser.wait("!!document.querySelector('[aria-label=\"Play\"]')")
+            # The upload comes first: its answer shows that the page is ready for what is typed.
+            play = "!!document.querySelector('[aria-label=\"Play\"]')"
+            browser.until(lambda: browser.choose_file("input[type=file]", recording), play)
             browser.type("#inventory textarea", "a b")
-            browser.click("#transcribe")
-            found = browser.wait("[...document.querySelectorAll('#heard li b')].map((node) => node.textContent)")
+            shown_phones = "[...document.querySelectorAll('#heard li b')].map((node) => node.textContent)"
+            found = browser.until(lambda: browser.click("#transcribe"), shown_phones)
             assert found == want.phones.split()
             assert browser.value("document.querySelector('#phones textarea').value") == want.phones
             assert browser.value("document.querySelectorAll('#heard svg image').length") == 1
@@ -131,12 +131,9 @@ def test_the_page_in_a_browser(shown: demo.Demo, recording: Path, tmp_path: Path
             file = browser.download("#textgrid", tmp_path / "downloads")
             assert want.textgrid is not None and file.suffix == ".TextGrid"
             assert file.read_text(encoding="utf-8") == Path(want.textgrid).read_text(encoding="utf-8")
-            browser.click('[aria-label="Clear"]')
-            browser.wait("!document.querySelector('[aria-label=\"Play\"]')")
-            browser.click("#transcribe")
-            browser.wait(
-                "document.querySelector('#heard .problem')?.textContent", lambda text: "no audio" in (text or "")
-            )
+            browser.until(lambda: browser.click('[aria-label="Clear"]'), f"!({play})")
+            problem = "document.querySelector('#heard .problem')?.textContent"
+            browser.until(lambda: browser.click("#transcribe"), problem, lambda text: "no audio" in (text or ""))
             elsewhere = [address for address in browser.requests if not address.startswith((url, "data:", "blob:"))]
             assert elsewhere == [] and browser.errors == []
     finally:
