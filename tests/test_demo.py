@@ -106,7 +106,7 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2 and "--model is missing" in problems and "--avg 0: must be at least 1" in problems
     demo.main(["--model", "m.pt", "--beam", "8", "--decoding-method", "ctc-prefix-beam-search", "--print-config"])
     printed = json.loads(capsys.readouterr().out)
-    assert printed["options"]["model"] == "m.pt" and printed["decode"]["beam"] == 8
+    assert printed["demo"]["model"] == "m.pt" and printed["decode"]["beam"] == 8
 
 
 @needs_chromium

@@ -208,4 +208,4 @@ def test_flags_that_cannot_be(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert run(model, tmp_path) == 2
     assert "no audio files there" in capsys.readouterr().err
     assert run(model, "a.wav", "--print-config", "--beam", "8") == 0
-    assert json.loads(capsys.readouterr().out)["options"]["window"] == 30.0
+    assert json.loads(capsys.readouterr().out)["transcribe"]["window"] == 30.0

@@ -69,6 +69,7 @@ STYLE = """
 class DemoConfig(ModelFlags):
     """Which model is shown, and where."""
 
+    program = "demo"
     inventories: Path | None = None
     """Folder of phone inventories to choose from, files LANGUAGE.txt as local/phone_inventory.py writes them."""
     host: str = "127.0.0.1"

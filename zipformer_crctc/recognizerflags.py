@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from zipformer_crctc.transcriber import PhoneRecognizer
 class ModelFlags:
     """Which model is used."""
 
+    program: ClassVar[str]
+    """What the flags are called in the configuration that --print-config shows."""
     model: str | None = None
     """Checkpoint of ours or a published one (.pt, .pth), a folder of them, a folder with config.json and
     model.safetensors, or a Hugging Face id."""
@@ -58,7 +60,8 @@ class RecognizerArgs(Generic[Own]):
     def to_json(self) -> str:
         """The whole configuration, for --print-config."""
         decode = {name: value for name, value in to_plain(self.decode).items() if name in self.searching}
-        parts = {"inputs": list(self.inputs), "options": to_plain(self.config), "decode": decode}
+        inputs = {"inputs": list(self.inputs)} if self.inputs else {}
+        parts = {**inputs, self.config.program: to_plain(self.config), "decode": decode}
         return json.dumps(parts, indent=2, ensure_ascii=False)
 
     def load(self, **more: Any) -> PhoneRecognizer:

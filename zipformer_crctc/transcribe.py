@@ -43,6 +43,7 @@ NAME = "transcripts"
 class TranscribeConfig(ModelFlags):
     """Which model transcribes, how recordings are cut, and where the results go."""
 
+    program = "transcribe"
     use_averaged_model: bool = True
     """Average all batches between two checkpoints, by their running averages, where they hold them."""
     bpe_model: Path | None = None
