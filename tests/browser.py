@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -126,9 +127,9 @@ class Page:
         assert "exceptionDetails" not in answer, f"{script}: {answer['exceptionDetails']}"
         return answer["result"].get("value")
 
-    def wait(self, script: str, holds: Callable[[Any], bool] = bool) -> Any:
-        """The value of an expression as soon as it is true, or as something holds of it."""
-        deadline = time.monotonic() + PATIENCE
+    def wait(self, script: str, holds: Callable[[Any], bool] = bool, patience: float = PATIENCE) -> Any:
+        """The value of an expression as soon as it is true, or as something holds of it; patience in seconds."""
+        deadline = time.monotonic() + patience
         while not holds(value := self.value(script)):
             if time.monotonic() > deadline:
                 shown = self.value("document.body.innerText")
@@ -140,16 +141,13 @@ class Page:
 
     def until(self, action: Callable[[], None], script: str, holds: Callable[[Any], bool] = bool) -> Any:
         """The same after an action, taken again now and then: what a page gets before it listens is lost."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
+        last = time.monotonic() + PATIENCE - AGAIN
+        while time.monotonic() < last:
             action()
-            again = min(deadline, time.monotonic() + AGAIN)
-            while time.monotonic() < again:
-                if holds(value := self.value(script)):
-                    return value
-                time.sleep(0.05)
-            if time.monotonic() > deadline:
-                return self.wait(script, holds)
+            with contextlib.suppress(TimeoutError):
+                return self.wait(script, holds, AGAIN)
+        action()
+        return self.wait(script, holds, AGAIN)
 
     def text(self, selector: str) -> str:
         """The text of an element; empty where there is none."""
