@@ -67,7 +67,6 @@ class Isolated(nn.Module):
 
 def make(case: Case, who: str) -> Work:
     """Recognition by ours or by the peer's network."""
-    torch.set_grad_enabled(False)
     tokenizer = PhoneTokenizer.from_table()
     if who == OURS:
         keep_freed_memory()  # as our programs do
@@ -101,6 +100,7 @@ def make(case: Case, who: str) -> Work:
         return files, recognise(read().to(case.device))  # the files live as long as this function
 
     steps = {NETWORK: partial(forward, features), FEATURES: partial(recognise, features), AUDIO: from_files}
+    steps = {kind: torch.inference_mode()(step) for kind, step in steps.items()}  # as our programs do
     return Work(steps[case.kind], model, 1.0, steps[NETWORK])
 
 

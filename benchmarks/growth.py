@@ -4,12 +4,13 @@
     python benchmarks/growth.py --axis batch --size tiny --audio 20 60 150 300 600 --threads 1
     python benchmarks/growth.py --axis length --audio 600 --device cuda --bf16
 
-The steps are those of bench_train.py. On a CPU the time is that of all threads of the process, which other work on the
-machine hardly changes, and the memory its resident memory; on a GPU it is the clock's, and what torch has allocated.
-Beside each point stands what the arithmetic says: time in proportion to the floating-point operations of products and
-convolutions; memory above that of a step on one second in proportion to the audio, and to the square of the length for
-attention weights. What grows faster is named. Rows go to benchmarks/results/growth.json, and docs/growth.svg is drawn
-from all that are there.
+The steps are those of bench_train.py, all with the same random numbers. On a CPU the time is that of all threads of the
+process, which other work on the machine hardly changes; on a GPU it is the clock's. Memory is that of a step's arrays.
+Beside each point stands what the arithmetic says. Time: the floating-point operations of products and convolutions at
+the machine's matrix rate, and the bytes that all operations read and write at its bandwidth, both measured, scaled to
+the first point. Memory: above that of a step on one second in proportion to the audio, and to the square of the length
+for attention weights. What grows faster is named. Rows go to benchmarks/results/growth.json, and docs/growth.svg is
+drawn from all that are there.
 """
 
 from __future__ import annotations
@@ -50,7 +51,23 @@ class Point:
     memory: float
     """GiB"""
     operations: float
-    """floating-point operations of a step"""
+    """floating-point operations of products and convolutions in a step"""
+    traffic: float
+    """bytes that the operations of a step read and write"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it can do at most."""
+
+    matrix_rate: float
+    """floating-point operations per second"""
+    bandwidth: float
+    """bytes per second"""
+
+    def seconds(self, point: Point) -> float:
+        """Of a step, if operations and memory traffic did not overlap."""
+        return point.operations / self.matrix_rate + point.traffic / self.bandwidth
 
 
 def main() -> None:
@@ -61,11 +78,14 @@ def main() -> None:
     else:
         length = (args.lengths or [10.0])[0]
         cases = [replace(second, utterances=round(audio / length), seconds=length) for audio in args.audio]
+    machine = Machine(
+        speed.matrix_rate(args.device, args.threads, args.bf16), speed.bandwidth(args.device, args.threads)
+    )
     least_memory = measured(second, args.steps, args.warmup).memory
     points: list[Point] = []
     for case in cases:
         points.append(measured(case, args.steps, args.warmup))
-        rows = [_row(args.axis, point, points[0], least_memory) for point in points]
+        rows = [_row(args.axis, point, points[0], least_memory, machine) for point in points]
         speed.write(args.output, rows)  # what is measured is kept where a longer batch does not fit
     for measure in MEASURES:
         print(f"{measure}: {verdict(rows, measure, least_memory, args.tolerance)}")
@@ -92,24 +112,33 @@ def _parser() -> argparse.ArgumentParser:
 def measured(case: Case, steps: int, warmup: int) -> Point:
     """Steps on one batch, in a process of its own."""
     worker = Worker(make, case, OURS)
-    operations = worker.ask("operations")
     clock = "step on the CPU" if torch.device(case.device).type == "cpu" else "step"
-    times = [worker.ask(clock) for _ in range(warmup + steps)][warmup:]
-    memory = worker.ask("memory")
+
+    def ask(what: str) -> Any:
+        worker.ask("seed")
+        return worker.ask(what)
+
+    times = [ask(clock) for _ in range(warmup + steps)][warmup:]
+    memory, traffic, operations = ask("arrays"), ask("traffic"), ask("operations")
     worker.close()
-    return Point(case, statistics.median(times), memory, operations)
+    return Point(case, statistics.median(times), memory, operations, traffic)
 
 
 def attention_memory(case: Case) -> float:
-    """GiB of the attention weights of all layers, for two views of each utterance."""
+    """GiB of attention for two views of each utterance, when most is there: as the last layer computes its weights.
+
+    Those of all layers are kept; the last ones are still scores, and their positional part is there by offset, an array
+    twice as wide.
+    """
     model = PRESETS[case.size]().model
     frames = (round(case.seconds * 100) - 7) // 2
     stacks = zip(model.downsampling_factor, model.num_encoder_layers, model.num_heads, strict=True)
-    values = sum(layers * heads * (-(-frames // factor)) ** 2 for factor, layers, heads in stacks)
+    layers = [heads * (-(-frames // factor)) ** 2 for factor, count, heads in stacks for _ in range(count)]
+    values = sum(layers) + 2 * layers[-1]
     return 2 * case.utterances * values * (2 if case.bf16 else 4) / 2**30
 
 
-def _row(axis: str, point: Point, first: Point, least_memory: float) -> dict[str, Any]:
+def _row(axis: str, point: Point, first: Point, least_memory: float, machine: Machine) -> dict[str, Any]:
     """One row, with what the arithmetic makes of the axis's first point."""
     attention = attention_memory(point.case)
     linear = first.memory - least_memory - attention_memory(first.case)
@@ -124,8 +153,11 @@ def _row(axis: str, point: Point, first: Point, least_memory: float) -> dict[str
         size=point.case.size,
         x=point.case.seconds if axis == "length" else point.case.audio,
         gflop=round(point.operations / 1e9, 1),
+        gbyte=round(point.traffic / 1e9, 1),
+        gflop_per_second=round(machine.matrix_rate / 1e9, 1),
+        gbyte_per_second=round(machine.bandwidth / 1e9, 1),
         time=round(point.time, 3),
-        time_by_arithmetic=round(first.time * point.operations / first.operations, 3),
+        time_by_arithmetic=round(first.time * machine.seconds(point) / machine.seconds(first), 3),
         memory=round(point.memory, 3),
         memory_by_arithmetic=round(least_memory + linear * point.case.audio / first.case.audio + attention, 3),
     )

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
@@ -92,7 +95,7 @@ class Worker:
         other.close()
 
     def ask(self, what: str) -> Any:
-        """The answer to `step`, `step on the CPU`, `memory`, `operations` or `profile`."""
+        """The answer to a key of the answers in `_serve`."""
         self.pipe.send(what)
         return self.pipe.recv()
 
@@ -104,18 +107,26 @@ class Worker:
 def _serve(make: Maker, case: Case, who: str, pipe: Connection) -> None:
     if case.threads:
         torch.set_num_threads(case.threads)
-    torch.manual_seed(0)
-    random.seed(0)
+    _seed()
     work = make(case, who)
     answers: dict[str, Callable[[], Any]] = {
+        "seed": _seed,
         "step": lambda: _seconds(work.step, case.device),
         "step on the CPU": lambda: _cpu_seconds(work.step),
         "memory": lambda: _peak_memory(case.device),
+        "arrays": lambda: _most_allocated(work.step, case.device),
         "operations": lambda: _operations(work.forward) * work.forwards,
+        "traffic": lambda: _traffic(work.step),
         "profile": lambda: _profile(work, case.device),
     }
     while (asked := pipe.recv()) != "end":
         pipe.send(answers[asked]())
+
+
+def _seed() -> None:
+    """Steps after it draw the same numbers, so that the same regularisers act."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def _seconds(step: Callable[[], Any], device: str) -> float:
@@ -143,6 +154,49 @@ def _peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def _most_allocated(step: Callable[[], Any], device: str) -> float:
+    """GiB of arrays at most that there are at a time in a step, without the model and its optimizer's state.
+
+    Unlike the resident memory it has no gaps between arrays.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    now = most = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most / 2**30
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of the arrays that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.__name__.startswith(("empty", "new_empty", "detach")):
+            arrays = [item for item in tree_leaves((args, kwargs, result)) if isinstance(item, torch.Tensor)]
+            # What is expanded is read from where it stands once.
+            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in arrays)
+        return result
+
+
+def _traffic(step: Callable[[], Any]) -> float:
+    """Bytes that the operations of a step read and write."""
+    with _Traffic() as traffic:
+        step()
+    return float(traffic.bytes)
+
+
 def _operations(forward: Callable[[], Any]) -> float:
     """Floating-point operations of the matrix products and convolutions of a pass."""
     available, products.HAS_ONEDNN = products.HAS_ONEDNN, False  # its operator is not known to the counter
@@ -166,6 +220,15 @@ def matrix_rate(device: str, threads: int, bf16: bool) -> float:
     x, weight = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     with torch.no_grad():
         return 2 * size**3 / min(_seconds(lambda: products.linear(x, weight), device) for _ in range(20))
+
+
+def bandwidth(device: str, threads: int) -> float:
+    """Bytes per second that a large copy reads and writes, the best of some."""
+    if threads:
+        torch.set_num_threads(threads)
+    source = torch.ones(1 << 28, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, unit: str) -> list[dict[str, Any]]:

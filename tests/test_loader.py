@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,24 @@ def test_features_made_from_the_audio_of_a_batch(folders: list[Path]) -> None:
         assert (again.features[mask] == LOG_EPS).all()
     with pytest.raises(ValueError, match="only_audio"):
         train(folders, only_audio=True, zero_padded=True)
+
+
+def test_a_worker_that_is_killed_as_it_leaves_does_no_harm(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch systems may signal all processes of a run at any moment; DataLoader then raises as it waits for them."""
+    loader = train(folders, num_workers=1)
+    next(iter(loader))
+    iterator: Any = loader._loader._iterator
+    end_workers = iterator._shutdown_workers
+
+    def killed() -> None:
+        end_workers()
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(iterator, "_shutdown_workers", killed)
+    loader.close()
+    assert not any(worker.is_alive() for worker in iterator._workers)
 
 
 def test_equal_to_lhotse_audio(folders: list[Path]) -> None:

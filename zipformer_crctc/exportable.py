@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zipformer_crctc import activations, attention, encoder, features, frontend, layers
-from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT, LOG_EPS
-from zipformer_crctc.frontend import padding_mask
+from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT
 from zipformer_crctc.model import CtcModel
 from zipformer_crctc.recogniser import with_silence
 
@@ -34,8 +33,7 @@ class FeatureGraph(nn.Module):
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         if self.model.encoder.causal:
-            padding = padding_mask(x_lens, x.shape[1])
-            x, x_lens = with_silence(x.masked_fill(padding[:, :, None], LOG_EPS), x_lens)
+            x, x_lens = with_silence(x, x_lens)
         return self.model(x.to(self.model.encoder_embed.out.weight.dtype), x_lens, isolate=True)
 
 

@@ -5,6 +5,7 @@ Shapes: N utterances, T frames of 10 ms, 80 mel bins, S samples at 16 kHz.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -293,7 +294,9 @@ class BatchLoader:
         """End the workers; nothing can be read after that."""
         shutdown = getattr(self._loader._iterator, "_shutdown_workers", None)
         if shutdown is not None:
-            shutdown()
+            # A worker that a signal kills on its way out would else hide why the run ends, and its exit status.
+            with contextlib.suppress(RuntimeError):
+                shutdown()
 
     def set_position(self, epoch: int, step: int = 0) -> None:
         """The next pass begins at ``step`` of ``epoch``, which takes reading the indexes of all that comes before."""

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 MIN_SIZE = 1 << 26
 """Rows times input times output channels; smaller products gain nothing, and each new shape costs milliseconds."""
+INFERENCE_MIN_SIZE = 1 << 24
+"""The same in inference mode, in which there are fewer other arrays and shapes."""
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
 
@@ -55,7 +57,7 @@ def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
-        and x.numel() * size >= MIN_SIZE
+        and x.numel() * size >= (INFERENCE_MIN_SIZE if torch.is_inference_mode_enabled() else MIN_SIZE)
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -17,6 +17,7 @@ from zipformer_crctc.config import DecodeConfig, ModelConfig
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.features import LOG_EPS
+from zipformer_crctc.frontend import padding_mask
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader
 from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.model import CtcModel, build_model
@@ -62,7 +63,8 @@ class Recogniser:
 
 
 def with_silence(features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, T, 80), padded with ln(1e-10), and lengths (N,) of utterances as a causal model hears them."""
+    """Features (N, T, 80) and lengths (N,) of utterances as a causal model hears them, whatever follows them."""
+    features = features.masked_fill(padding_mask(num_frames, features.shape[1])[:, :, None], LOG_EPS)
     return F.pad(features, (0, 0, 0, CAUSAL_PADDING), value=LOG_EPS), num_frames + CAUSAL_PADDING
 
 
