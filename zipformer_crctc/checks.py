@@ -195,7 +195,8 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
             "raise --num-epochs."
         )
     if values["lr_cooldown_batches"] > 0 and not values["num_steps"]:
-        yield "--lr-cooldown-batches: the end of the run must be known; give --num-steps."
+        cooldown = format_value(values["lr_cooldown_batches"])
+        yield f"--lr-cooldown-batches {cooldown}: the end of the run must be known; give --num-steps."
     if values["num_steps"] and values["start_batch"] >= values["num_steps"]:
         yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
     if values["resume"] == "auto" and (values["start_batch"] > 0 or values["start_epoch"] > 1):
