@@ -167,7 +167,7 @@ def _most_allocated(step: Callable[[], Any], device: str) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     now = most = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -306,7 +307,7 @@ def test_closure() -> None:
     assert p[0] < 1.0 and p[1] > -2.0
 
 
-def eden(base: float = 0.045, **options: float) -> Eden:
+def eden(base: float = 0.045, **options: Any) -> Eden:
     return Eden(ScaledAdam([nn.Parameter(torch.zeros(2))], lr=base), 7500, 3.5, **options)
 
 
