@@ -56,7 +56,7 @@ if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   # Small batches: a short run gains more from many updates. Utterances of espeak and tusom2021 are at most 10 s long.
   max_duration=20
   [ "$corpus" != tsv ] || max_duration=24
-  [ "$corpus" != tusom2021 ] || : "${steps:=4800}"
+  [ "$corpus" != tusom2021 ] || : "${steps:=8000}"
   # Few recordings are soon learnt by heart: more variety, and CR-CTC for most of the run.
   options=()
   [ "$corpus" = espeak ] || options=(--speed-perturbation 0.1 --plain-ctc-batches 800)

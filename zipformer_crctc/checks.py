@@ -28,8 +28,8 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("max_skipped_steps", "grad_accumulation", "master_port", "epoch", "avg", "duration_factor"), 1),
     **dict.fromkeys(("num_workers", "num_threads", "seed", "num_steps", "start_batch", "iter", "gap"), 0),
     **dict.fromkeys(("cr_loss_scale", "cr_loss_masked_scale", "unsup_cr_ctc_loss_scale", "time_mask_ratio"), 0),
-    **dict.fromkeys(("clip_grad_norm", "plain_ctc_batches", "speed_perturbation"), 0),
-    **dict.fromkeys(("lr_warmup_batches", "lr_cooldown_batches", "lm_weight", "top_tokens", "blank_skip"), 0),
+    **dict.fromkeys(("clip_grad_norm", "lr_warmup_batches", "plain_ctc_batches", "speed_perturbation"), 0),
+    **dict.fromkeys(("lm_weight", "top_tokens", "blank_skip"), 0),
     "nbest": 1,
     "num_paths": 1,
     "beam": 4,
@@ -194,9 +194,6 @@ def _check_train(values: Mapping[str, Any]) -> Iterator[str]:
             f"--start-epoch {values['start_epoch']}: is after the last epoch, --num-epochs {values['num_epochs']}; "
             "raise --num-epochs."
         )
-    if values["lr_cooldown_batches"] > 0 and not values["num_steps"]:
-        cooldown = format_value(values["lr_cooldown_batches"])
-        yield f"--lr-cooldown-batches {cooldown}: the end of the run must be known; give --num-steps."
     if values["num_steps"] and values["start_batch"] >= values["num_steps"]:
         yield f"--start-batch {values['start_batch']}: --num-steps {values['num_steps']} is over then; raise it."
     if values["resume"] == "auto" and (values["start_batch"] > 0 or values["start_epoch"] > 1):

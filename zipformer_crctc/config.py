@@ -203,8 +203,6 @@ class TrainConfig:
     """Epochs after which the Eden schedule begins to fall."""
     lr_warmup_batches: float = 500.0
     """Batches over which the learning rate rises from half of what it would be to all of it."""
-    lr_cooldown_batches: float = 0.0
-    """Last batches of a run of --num-steps over which the learning rate falls to zero in a straight line."""
     grad_accumulation: float = 1.0
     """Batches for each optimizer step; a whole number."""
     ref_duration: float = 600.0

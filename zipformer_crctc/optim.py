@@ -416,7 +416,6 @@ class Eden:
 
     lr = base * ((k^2 + B^2) / B^2)^(-1/4) * ((e^2 + E^2) / E^2)^(-1/4) * w, with k batches and e whole epochs done and
     w rising from ``warmup_start`` to 1 over ``warmup_batches``. Before the first call of a step the rate is the base.
-    Over the last batches of a run it may fall to zero in a straight line, which the published schedule does not.
 
     Make it before loading an optimizer state, so that the base rate is the one asked for and not the saved one.
 
@@ -426,8 +425,6 @@ class Eden:
         lr_epochs: E, in epochs.
         warmup_batches: length of the warm-up; 0 for none.
         warmup_start: factor at batch 0.
-        num_batches: length of the run; only the cooldown needs it.
-        cooldown_batches: length of the fall to zero at its end; 0 for none.
     """
 
     def __init__(
@@ -437,8 +434,6 @@ class Eden:
         lr_epochs: float,
         warmup_batches: float = 500.0,
         warmup_start: float = 0.5,
-        num_batches: int = 0,
-        cooldown_batches: float = 0.0,
     ) -> None:
         if lr_batches <= 0 or lr_epochs <= 0:
             raise ValueError(f"lr_batches ({lr_batches}) and lr_epochs ({lr_epochs}) must be above 0")
@@ -449,8 +444,6 @@ class Eden:
         self.lr_epochs = lr_epochs
         self.warmup_batches = warmup_batches
         self.warmup_start = warmup_start
-        self.num_batches = num_batches
-        self.cooldown_batches = cooldown_batches
         self.base_lrs: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
         self.batch = 0
         self.epoch = 0
@@ -474,11 +467,7 @@ class Eden:
         warmup = 1.0
         if self.batch < self.warmup_batches:
             warmup = self.warmup_start + (1.0 - self.warmup_start) * (self.batch / self.warmup_batches)
-        cooldown = 1.0
-        if self.cooldown_batches > 0:
-            # The last batch still counts.
-            cooldown = min(1.0, max(0.0, (self.num_batches + 1 - self.batch) / (self.cooldown_batches + 1)))
-        return [base * by_batch * by_epoch * warmup * cooldown for base in self.base_lrs]
+        return [base * by_batch * by_epoch * warmup for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """base_lrs, epoch and batch."""

@@ -129,14 +129,8 @@ class RunState:
         self.average = RunningAverage(self.model) if process.is_main else None
         named = list(self.model.named_parameters())
         self.optimizer = ScaledAdam([{"named_params": named}], lr=config.train.base_lr, clipping_scale=CLIPPING_SCALE)
-        train = config.train
         self.scheduler = Eden(
-            self.optimizer,
-            train.lr_batches,
-            train.lr_epochs,
-            train.lr_warmup_batches,
-            num_batches=train.num_steps,
-            cooldown_batches=train.lr_cooldown_batches,
+            self.optimizer, config.train.lr_batches, config.train.lr_epochs, config.train.lr_warmup_batches
         )
         self.scaler = torch.amp.GradScaler(
             process.device.type, enabled=config.train.precision_on(process.device.type) == "fp16"
