@@ -149,8 +149,8 @@ class AttentionWeights(ScheduledModule):
         scores = torch.matmul(per_head(query), per_head(key).transpose(2, 3))
         if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
             pos_key = self.linear_pos(pos_emb[0]).unflatten(-1, (self.num_heads, -1))  # (2T - 1, H, c)
-            # No name holds the product by offset, (H, N, T, 2T - 1), beyond this line.
-            scores += _AlignOffsets.apply(torch.matmul(per_head(pos_query), pos_key.permute(1, 2, 0)[:, None]))
+            by_offset = torch.matmul(per_head(pos_query), pos_key.permute(1, 2, 0)[:, None])  # (H, N, T, 2T - 1)
+            scores += _AlignOffsets.apply(by_offset)
         if self.training and random.random() < self.penalty_prob:
             scores = penalise_large_values(scores, limit=25.0, penalty=1e-4).clone()  # no view, so it can be filled
         if attn_mask is not None:
