@@ -51,7 +51,7 @@ class Fbank:
     def __init__(self, zero_padded: bool = False) -> None:
         self.zero_padded = zero_padded
         self._window = povey_window()
-        self._mel = mel_filters().float()
+        self._mel = [mel_filters()[band].float().contiguous() for band in BANDS]
 
     def __call__(self, waveform: Tensor) -> Tensor:
         """Features (T, 80) float32 of a waveform (S,), T = floor((S + 80) / 160)."""
@@ -87,14 +87,15 @@ class Fbank:
         """
         if not len(waveforms):
             return waveforms.new_zeros(0, 0, NUM_BINS)
-        window, mel = self._window.to(waveforms.device), self._mel.to(waveforms.device)
+        window = self._window.to(waveforms.device)
+        mel = [filters.to(waveforms.device) for filters in self._mel]
         features = log_mel(waveforms.unfold(1, FRAME_LENGTH, FRAME_SHIFT), window, mel)
         valid = torch.arange(features.shape[1], device=features.device) < num_frames[:, None]  # (N, T)
         return features.masked_fill(~valid[:, :, None], LOG_EPS)
 
 
-def log_mel(frames: Tensor, window: Tensor, mel: Tensor) -> Tensor:
-    """(..., 400) samples, (400,) window and (257, 80) filters to (..., 80).
+def log_mel(frames: Tensor, window: Tensor, mel: Sequence[Tensor]) -> Tensor:
+    """(..., 400) samples, (400,) window and the filters of each of BANDS to (..., 80).
 
     Next to a strong tone the weak bins hold little but float32 rounding, so the order of these operations is part
     of the result: it is the reference's (mean, product, difference, window), with no fused multiply-add.
@@ -110,8 +111,8 @@ def log_mel(frames: Tensor, window: Tensor, mel: Tensor) -> Tensor:
     squares = torch.view_as_real(spectrum).square_()  # all in one go: a sixth of the cost of abs().square()
     power = squares[..., 0] + squares[..., 1]
     energy = power.new_empty(*power.shape[:-1], NUM_BINS)
-    for rows, columns in BANDS:
-        torch.matmul(power[..., rows], mel[rows, columns], out=energy[..., columns])
+    for (rows, columns), filters in zip(BANDS, mel, strict=True):
+        torch.matmul(power[..., rows], filters, out=energy[..., columns])
     return energy.clamp_(min=FLOOR).log_()
 
 

@@ -184,8 +184,9 @@ class BatchReader(Dataset[Batch]):
             waveforms.append(torch.from_numpy(samples))
         if self._only_audio:
             return self._audio_batch(request, utterances, waveforms, skipped)
-        with torch.no_grad():
-            features, num_frames, order = collate(self._fbank.batch(waveforms))
+        with torch.inference_mode():  # costs less than no_grad; the batch itself must not be made in this mode
+            parts = self._fbank.batch(waveforms)
+        features, num_frames, order = collate(parts)
         return Batch(features, num_frames, [utterances[i] for i in order], request.epoch, request.step, skipped)
 
     def _audio_batch(
