@@ -78,9 +78,8 @@ def main() -> None:
     else:
         length = (args.lengths or [10.0])[0]
         cases = [replace(second, utterances=round(audio / length), seconds=length) for audio in args.audio]
-    machine = Machine(
-        speed.matrix_rate(args.device, args.threads, args.bf16), speed.bandwidth(args.device, args.threads)
-    )
+    speed.limit_threads(args.threads)
+    machine = Machine(speed.matrix_rate(args.device, args.bf16), speed.bandwidth(args.device))
     least_memory = measured(second, args.steps, args.warmup).memory
     points: list[Point] = []
     for case in cases:

@@ -105,8 +105,7 @@ class Worker:
 
 
 def _serve(make: Maker, case: Case, who: str, pipe: Connection) -> None:
-    if case.threads:
-        torch.set_num_threads(case.threads)
+    limit_threads(case.threads)
     _seed()
     work = make(case, who)
     answers: dict[str, Callable[[], Any]] = {
@@ -212,20 +211,22 @@ def _profile(work: Work, device: str) -> dict[str, float]:
     return seconds_by_part(work.model, work.step, device)
 
 
-def matrix_rate(device: str, threads: int, bf16: bool) -> float:
-    """Operations per second of a large matrix product, the best of some."""
+def limit_threads(threads: int) -> None:
+    """CPU threads of this process; 0 keeps torch's own choice."""
     if threads:
         torch.set_num_threads(threads)
+
+
+def matrix_rate(device: str, bf16: bool) -> float:
+    """Operations per second of a large matrix product, the best of some."""
     size = 8192 if torch.device(device).type == "cuda" else 1024
     x, weight = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     with torch.no_grad():
         return 2 * size**3 / min(_seconds(lambda: products.linear(x, weight), device) for _ in range(20))
 
 
-def bandwidth(device: str, threads: int) -> float:
+def bandwidth(device: str) -> float:
     """Bytes per second that a large copy reads and writes, the best of some."""
-    if threads:
-        torch.set_num_threads(threads)
     source = torch.ones(1 << 28, device=device)  # 1 GiB
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
@@ -252,7 +253,8 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
             _print_parts(case, who, worker.ask("profile"))
     for worker in workers.values():
         worker.close()
-    rate = matrix_rate(case.device, case.threads, case.bf16)
+    limit_threads(case.threads)
+    rate = matrix_rate(case.device, case.bf16)
     median = {who: statistics.median(values) for who, values in times.items()}
     speed = {who: case.audio / value for who, value in median.items()}
     details = {

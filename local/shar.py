@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from zipformer_crctc.sharwriter import open_shard
+from zipformer_crctc.sharwriter import cuts_name, open_shard, recording_name
 
 SAMPLING_RATE = 16_000
 INT16_SCALE = 32_768
@@ -52,9 +52,8 @@ class ShardStats:
 
 def clear_shards(folder: Path) -> None:
     """Remove the shards of an earlier run, so that none stays beside fewer new ones."""
-    digits = "[0-9]" * 6
-    for pattern in (f"cuts.{digits}.jsonl.gz", f"recording.{digits}.tar"):
-        for path in folder.glob(pattern):
+    for name in (cuts_name(0), recording_name(0)):
+        for path in folder.glob(name.replace("0", "[0-9]")):
             path.unlink()
 
 
