@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import zipfile
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -332,3 +333,29 @@ def test_files_that_cannot_be_averaged(tmp_path: Path) -> None:
     save(bare, {"w": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"bare\.pt: has no model_avg and no batch_idx_train"):
         checkpoint.average_checkpoints(Choice((first, bare), True))
+
+
+def test_whatever_byte_of_a_file_s_directory_is_wrong_the_check_fails_with_our_error(tmp_path: Path) -> None:
+    save(tmp_path / "good.pt", {"x": torch.zeros(3)})
+    content = (tmp_path / "good.pt").read_bytes()
+    start = content.index(b"PK\x01\x02")  # the first entry of the directory at the end
+    refused = 0
+    for place in range(start, len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x11
+        (tmp_path / "bad.pt").write_bytes(damaged)
+        try:
+            checkpoint.verify(tmp_path / "bad.pt")
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_file_system_without_folder_fsync_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError("invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    save(tmp_path / "a.pt", {"x": 1})
+    assert load(tmp_path / "a.pt") == {"x": 1}

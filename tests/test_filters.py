@@ -18,8 +18,8 @@ def encode(text: str) -> list[int]:
     return [3, *map(ord, text)] if text else []
 
 
-def reason(text: str, seconds: float, limits: FilterLimits | None = None, channels: int = 1) -> str | None:
-    return TrainingFilter(encode, limits).reason(text, seconds, round(seconds * 16000), channels)
+def reason(text: str, seconds: float, limits: FilterLimits | None = None) -> str | None:
+    return TrainingFilter(encode, limits).reason(text, seconds, round(seconds * 16000))
 
 
 def letters(count: int) -> str:
@@ -80,10 +80,6 @@ def test_published_limits(text: str, seconds: float, problem: str | None) -> Non
     assert found is None if problem is None else found is not None and problem in found
 
 
-def test_channels() -> None:
-    assert reason("abab", 2.0, channels=2) == "not one channel"
-
-
 def test_pseudo_labels() -> None:
     assert reason("abab", 0.5, PSEUDO_LABEL_LIMITS) is None
     assert reason("abab", 30.0, PSEUDO_LABEL_LIMITS) is None
@@ -97,14 +93,6 @@ def test_limits_are_parameters() -> None:
         FilterLimits(min_duration=3.0, max_duration=2.0)
     with pytest.raises(ValueError, match=r"frame_share.*"):
         FilterLimits(frame_share=0.0)
-
-
-def test_counts_and_report() -> None:
-    kept = TrainingFilter(encode)
-    for name, text, seconds in (("u1", "abab", 2.0), ("u2", "abab", 0.5), ("u3", "a", 2.0), ("u4", "abab", 0.4)):
-        kept.keep(name, text, seconds, round(seconds * 16000))
-    assert kept.seen == 4
-    assert kept.report() == "kept 1 of 4 utterances; 3 skipped: 2 shorter than 1 s (u2, u4); 1 fewer than 5 tokens (u3)"
 
 
 def test_as_an_accept_function() -> None:

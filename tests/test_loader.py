@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import random
 from collections import Counter
 from itertools import islice
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 from shar_folder import RATE, cut, flac, tone, write_folder, write_shard
+from zipformer_crctc import remote
+from zipformer_crctc.audio import AudioError
 from zipformer_crctc.features import LOG_EPS, Fbank
 from zipformer_crctc.loader import (
     AudioReader,
@@ -25,6 +29,7 @@ from zipformer_crctc.loader import (
     speed_factor,
     volume_factor,
 )
+from zipformer_crctc.preemption import Preemption, outlive_preemption
 from zipformer_crctc.shar import DataError, find_shards, read_shard
 
 
@@ -236,21 +241,23 @@ def test_bad_audio_is_skipped_and_named(tmp_path: Path, num_workers: int, caplog
     good = flac(tone(1.0))
     stereo = flac(np.stack([tone(1.0), tone(1.0)], axis=1))
     audio = [good, good[: len(good) // 8], b"junk" * 100, flac(tone(1.0), 8000), stereo, flac(tone(0.05)), good, b""]
+    audio += [flac(tone(3.0)), flac(tone(1.02))]
     write_shard(
-        tmp_path, 0, [cut(f"u{i}", RATE) for i in range(8)], [(f"u{i}.flac", data) for i, data in enumerate(audio)]
+        tmp_path, 0, [cut(f"u{i}", RATE) for i in range(10)], [(f"u{i}.flac", data) for i, data in enumerate(audio)]
     )
     loader = build_eval_loader([tmp_path], max_duration=100.0, num_workers=num_workers)
     for _ in range(2):
         with caplog.at_level(logging.WARNING):
             (batch,) = list(loader)
-        assert [u.id for u in batch.utterances] == ["u0", "u6"]
+        assert [u.id for u in batch.utterances] == ["u9", "u0", "u6"]
         reasons = {name: reason for name, reason in batch.skipped}
-        assert reasons.keys() == {"u1", "u2", "u3", "u4", "u5", "u7"}
+        assert reasons.keys() == {"u1", "u2", "u3", "u4", "u5", "u7", "u8"}
         assert reasons["u2"] == "damaged audio"
         assert reasons["u3"] == "sampling rate 8000 instead of 16000"
         assert reasons["u4"] == "2 channels instead of one"
         assert reasons["u5"] == "fewer than 9 feature frames"
-        assert loader.skipped.total == 6
+        assert reasons["u8"] == "another length than the manifest says"
+        assert loader.skipped.total == 7
         assert all(f"skipped {name}:" in caplog.text for name in reasons)
 
 
@@ -264,6 +271,34 @@ def test_tar_cut_short_while_in_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tar is truncated"):
         reader(utterances[1])
     reader.close()
+
+
+def test_a_tar_that_failed_all_tries_is_not_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, [1.0] * 3)
+    utterances = list(read_shard(find_shards(tmp_path)[0]))
+    tries: list[str] = []
+
+    def fails(*_: Any) -> bytes:
+        tries.append("once")
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(os, "pread", fails)
+    reader = AudioReader()
+    for utterance in utterances:
+        with pytest.raises(AudioError, match="Input/output error"):
+            reader(utterance)
+    assert len(tries) == 3 + 1 + 1
+    reader.close()
+
+
+def test_workers_outlive_signals_in_programs_that_note_them(folders: list[Path]) -> None:
+    def start_of_workers() -> Any:
+        return build_eval_loader(folders, max_duration=10.0, num_workers=1)._loader.worker_init_fn
+
+    assert start_of_workers() is None
+    with Preemption():
+        assert start_of_workers() is outlive_preemption
 
 
 def test_scored_set_is_whole_in_every_pass(folders: list[Path]) -> None:

@@ -84,4 +84,8 @@ def test_out_of_memory_names_the_batch_and_the_remedy() -> None:
     with pytest.raises(OutOfMemory, match=r"2 utterances of 0\.9 to 1\.2 s \(utt0, utt1\).*--max-duration"):  # noqa: SIM117
         with naming_batch([batch.utterances]):
             raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(OutOfMemory), naming_batch([batch.utterances]):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"^another$"), naming_batch([batch.utterances]):
+        raise RuntimeError("another")
     assert describe([]) == "an empty batch"

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -36,6 +40,26 @@ def test_tries_again_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(FileNotFoundError):
         remote.with_retries(work, "x.tar")
     assert outcomes == [1]
+
+
+def test_errors_of_a_store_s_own_kind_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ClientError(Exception):
+        pass
+
+    outcomes: list[Any] = [ClientError("slow down"), io.BytesIO(b"shard")]
+
+    def opened(*_: Any) -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, ClientError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setitem(sys.modules, "smart_open", SimpleNamespace(open=opened))
+    remote.make_local("s3://bucket/shard.tar", tmp_path / "shard.tar")
+    assert (tmp_path / "shard.tar").read_bytes() == b"shard"
+    outcomes += [ClientError("no such key")] * 3
+    with pytest.raises(OSError, match="ClientError: no such key"):
+        remote.make_local("s3://bucket/other.tar", tmp_path / "other.tar")
 
 
 def test_piped_shards_are_read_like_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from zipformer_crctc import checkpoint
 from zipformer_crctc.config import TrainConfig
-from zipformer_crctc.resume import named_checkpoint, newest_checkpoint
+from zipformer_crctc.resume import named_checkpoint, newest_checkpoint, set_aside
 
 WEIGHT = torch.randn(50, generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +62,18 @@ def test_damaged_ones_are_named_and_passed_over(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.ERROR):
         assert newest(tmp_path) == "checkpoint-20.pt"
     assert all(name in caplog.text for name in names[1:])
+
+
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, batches in (("checkpoint-10.pt", 10), ("checkpoint-20.pt", 20), ("epoch-2.pt", 25), ("preempted.pt", 27)):
+        write(tmp_path, name, batches)
+    write(tmp_path, "best-valid-loss.pt", 20)
+    set_aside(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best-valid-loss.pt",
+        "checkpoint-10.pt",
+        "checkpoint-20.pt.undone",
+        "epoch-2.pt.undone",
+        "preempted.pt.undone",
+    ]
+    assert newest(tmp_path) == "checkpoint-10.pt" and "epoch-2.pt.undone" in caplog.text

@@ -90,6 +90,28 @@ def test_resume_goes_on_where_the_checkpoint_was(corpus: Path, finished: Path, t
     assert place == checkpoint.load(finished / "checkpoint-6.pt")["sampler"]
 
 
+def test_going_back_by_name_leaves_nothing_of_what_came_after(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    for number in (3, 6):
+        shutil.copy(finished / f"checkpoint-{number}.pt", tmp_path)
+    train.main(train_flags(corpus, tmp_path, start_batch=3, num_steps=5, save_every_n=1, keep_last_k=2))
+    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == [
+        "checkpoint-4.pt",
+        "checkpoint-5.pt",
+        "checkpoint-6.pt.undone",
+    ]
+
+
+def test_ranks_with_other_data_are_told(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Process.sum
+
+    def of_others(self: Process, values: torch.Tensor) -> torch.Tensor:
+        return own(self, values) + (torch.tensor([0.0, 0.0, 5.0]) if len(values) == 3 else 0.0)
+
+    monkeypatch.setattr(Process, "sum", of_others)
+    with pytest.raises(train.TrainingStopped, match="batch 1: the ranks do not read the same utterances"):
+        train.main(train_flags(corpus, tmp_path))
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two nested states are equal to the bit."""
     if isinstance(a, dict):

@@ -13,7 +13,7 @@ import torch
 
 from shar_folder import write_folder
 from zipformer_crctc import sharindex
-from zipformer_crctc.batches import State
+from zipformer_crctc.batches import FINGERPRINTS, State
 from zipformer_crctc.buckets import Item
 from zipformer_crctc.shar import DataError, Shard, find_shards
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
@@ -37,9 +37,10 @@ def ids(step: Sequence[Sequence[Item]]) -> list[list[str]]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_utterance_once(shards: list[Shard], durations: list[float], world_size: int) -> None:
     seen: Counter[str] = Counter()
-    lengths = set()
+    lengths, fingerprints = set(), set()
     for rank in range(world_size):
         requests = list(TrainOrder(shards, settings(world_size, rank)).epoch(1))
+        fingerprints.add(tuple(request.fingerprint for request in requests))
         assert [request.step for request in requests] == list(range(len(requests)))
         lengths.add(len(requests))
         for request in requests:
@@ -47,6 +48,8 @@ def test_every_utterance_once(shards: list[Shard], durations: list[float], world
             assert len(request.utterances) * longest <= 30.0
             seen.update(u.id for u in request.utterances)
     assert len(lengths) == 1  # all ranks make the same number of steps
+    (agreed,) = fingerprints
+    assert len(set(agreed)) > len(agreed) // 2 and max(agreed) < FINGERPRINTS
     assert seen == Counter(f"u{i:03d}" for i in range(len(durations)))
 
 

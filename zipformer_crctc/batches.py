@@ -14,6 +14,9 @@ from zipformer_crctc.shar import Shard, Skipped, Utterance, read_shard
 
 logger = logging.getLogger(__name__)
 
+FINGERPRINTS = 4096
+"""So few that float32 adds up those of 4096 ranks."""
+
 State = Mapping[str, Any]
 """An order in the middle of an epoch, as plain data and tensors for a checkpoint."""
 
@@ -25,6 +28,8 @@ class BatchRequest:
     epoch: int
     step: int
     utterances: tuple[Utterance, ...]
+    fingerprint: int = 0
+    """of the utterances of all ranks, below FINGERPRINTS: ranks with other data would else wait for each other"""
     state: State | None = None
     """now and then: the order before this step, to go on from without reading the epoch from its start"""
 

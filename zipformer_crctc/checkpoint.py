@@ -127,12 +127,13 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # make the rename last, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    if os.name == "posix":  # make the rename last, too, on file systems that can
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def remove_stale(exp_dir: Path) -> list[Path]:
@@ -179,7 +180,9 @@ def verify(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # of a damaged directory zipfile believes the strangest things
         raise CheckpointError(_unreadable(path, error)) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, the check sum of {damaged} is wrong; use another checkpoint")

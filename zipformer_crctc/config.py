@@ -236,7 +236,7 @@ class TrainConfig:
     dry_run: bool = False
     """Tell the size of the model, batches in an epoch, memory and time for a step, after a few; write nothing."""
     inf_check: bool = False
-    """Report the modules whose outputs or gradients are infinite; slow."""
+    """Log modules whose outputs, and parameters whose gradients, are not finite; slow."""
     tensorboard: bool = True
     """Write TensorBoard files if the package is installed."""
     wandb: bool = False

@@ -50,8 +50,9 @@ class Fbank:
 
     def __init__(self, zero_padded: bool = False) -> None:
         self.zero_padded = zero_padded
+        filters = mel_filters().float()
         self._window = povey_window()
-        self._mel = [mel_filters()[band].float().contiguous() for band in BANDS]
+        self._mel = [filters[band].contiguous() for band in BANDS]
 
     def __call__(self, waveform: Tensor) -> Tensor:
         """Features (T, 80) float32 of a waveform (S,), T = floor((S + 80) / 160)."""

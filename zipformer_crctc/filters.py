@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from zipformer_crctc.features import num_feature_frames
-from zipformer_crctc.shar import Skipped, Utterance
+from zipformer_crctc.shar import Utterance
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
 
@@ -66,11 +66,10 @@ def alignment_problem(tokens: Sequence[int], num_samples: int, factor: int = 1) 
 
 
 class TrainingFilter:
-    """Says why an utterance is left out of training, and counts.
+    """Says why an utterance is left out of training.
 
-    ``encode`` makes the token ids of a text (normalised as in training). ``reason`` only judges; ``keep`` also counts:
-    the number judged in ``seen``, what is left out in ``skipped``; ``report`` puts both in one line. ``factor`` is the
-    model's output downsampling factor, ``speed`` the fastest speed at which the utterances are trained on.
+    ``encode`` makes the token ids of a text (normalised as in training). ``factor`` is the model's output downsampling
+    factor, ``speed`` the fastest speed at which the utterances are trained on.
     """
 
     def __init__(
@@ -81,17 +80,13 @@ class TrainingFilter:
         speed: float = 1.0,
     ) -> None:
         self.limits = limits or FilterLimits()
-        self.seen = 0
-        self.skipped = Skipped()
         self._encode = encode
         self._factor = factor
         self._speed = speed
 
-    def reason(self, text: str, duration: float, num_samples: int, num_channels: int = 1) -> str | None:
+    def reason(self, text: str, duration: float, num_samples: int) -> str | None:
         """The first limit that an utterance of ``duration`` seconds breaks; None if it may be trained on."""
         limits = self.limits
-        if num_channels != 1:
-            return "not one channel"
         if limits.min_duration is not None and duration < limits.min_duration:
             return f"shorter than {limits.min_duration:g} s"
         if limits.max_duration is not None and duration > limits.max_duration:
@@ -112,16 +107,3 @@ class TrainingFilter:
     def __call__(self, utterance: Utterance) -> str | None:
         """``reason`` of an utterance, in the form that the training order asks for."""
         return self.reason(utterance.text, utterance.duration, utterance.num_samples)
-
-    def keep(self, name: str, text: str, duration: float, num_samples: int, num_channels: int = 1) -> bool:
-        """Whether to keep the utterance called ``name``; counts it."""
-        self.seen += 1
-        reason = self.reason(text, duration, num_samples, num_channels)
-        if reason is not None:
-            self.skipped.add(reason, name)
-        return reason is None
-
-    def report(self) -> str:
-        """``"kept 90 of 100 utterances; 10 skipped: ..."``."""
-        kept = f"kept {self.seen - self.skipped.total} of {self.seen} utterances"
-        return f"{kept}; {self.skipped.report()}" if self.skipped.total else kept

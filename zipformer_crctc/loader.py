@@ -12,6 +12,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from zipformer_crctc.audio import AudioError
 from zipformer_crctc.batches import BatchOrder, BatchRequest, EvalOrder, State
 from zipformer_crctc.features import LOG_EPS, NUM_BINS, SAMPLING_RATE, Fbank, num_feature_frames
 from zipformer_crctc.flac import decode
-from zipformer_crctc.preemption import outlive_preemption
+from zipformer_crctc.preemption import is_noted, outlive_preemption
 from zipformer_crctc.remote import with_retries
 from zipformer_crctc.shar import Shard, Skipped, Utterance, find_shards
 from zipformer_crctc.trainorder import OrderSettings, TrainOrder
@@ -32,6 +33,7 @@ from zipformer_crctc.trainorder import OrderSettings, TrainOrder
 logger = logging.getLogger(__name__)
 
 MIN_FRAMES = 9  # the front-end needs as many for one output frame
+_LENGTH_TOLERANCE = 400  # samples, 25 ms, as lhotse allows
 _OPEN_TARS = 64  # file handles that a worker keeps
 _PREFETCH = 4  # batches that each worker has under way
 _VOLUME_PROBABILITY = 0.5
@@ -50,6 +52,8 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (utterance id, reason) of audio that is no use
     mirrored: Tensor | None = None
     """(N, (T - 1) 160 + 400): audio of which `to` makes the features, which are empty until then"""
+    fingerprint: int = 0
+    """see `BatchRequest`"""
 
     @property
     def texts(self) -> list[str]:
@@ -75,8 +79,14 @@ class Batch:
         if self.mirrored is None:
             return replace(self, features=self.features.to(device, non_blocking=True), num_frames=num_frames)
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            features = Fbank().of_mirrored(self.mirrored.to(device, non_blocking=True), num_frames)
+            features = _fbank().of_mirrored(self.mirrored.to(device, non_blocking=True), num_frames)
         return replace(self, features=features, num_frames=num_frames, mirrored=None)
+
+
+@cache
+def _fbank() -> Fbank:
+    """The one that makes features on devices."""
+    return Fbank()
 
 
 class AudioReader:
@@ -84,12 +94,17 @@ class AudioReader:
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._failed: set[str] = set()  # tars that failed all tries: they are not waited for again
 
     def __call__(self, utterance: Utterance) -> np.ndarray:
         """Samples (S,) float32 in [-1, 1]. Raises ``AudioError`` with a reason."""
         try:
-            data = with_retries(lambda: self._bytes(utterance), f"{utterance.tar}, {utterance.id}")
+            if utterance.tar in self._failed:
+                data = self._bytes(utterance)
+            else:
+                data = with_retries(lambda: self._bytes(utterance), f"{utterance.tar}, {utterance.id}")
         except OSError as error:
+            self._failed.add(utterance.tar)
             raise AudioError(f"tar cannot be read ({error.strerror})") from error
         if len(data) != utterance.size:
             raise AudioError("tar is truncated")
@@ -103,6 +118,8 @@ class AudioReader:
             raise AudioError(f"{samples.shape[1]} channels instead of one")
         if num_feature_frames(len(samples)) < MIN_FRAMES:
             raise AudioError(f"fewer than {MIN_FRAMES} feature frames")
+        if abs(len(samples) - utterance.num_samples) > _LENGTH_TOLERANCE:  # batches and filters rely on it
+            raise AudioError("another length than the manifest says")
         return samples
 
     def close(self) -> None:
@@ -187,7 +204,10 @@ class BatchReader(Dataset[Batch]):
         with torch.inference_mode():  # costs less than no_grad; the batch itself must not be made in this mode
             parts = self._fbank.batch(waveforms)
         features, num_frames, order = collate(parts)
-        return Batch(features, num_frames, [utterances[i] for i in order], request.epoch, request.step, skipped)
+        in_order = [utterances[i] for i in order]
+        return Batch(
+            features, num_frames, in_order, request.epoch, request.step, skipped, fingerprint=request.fingerprint
+        )
 
     def _audio_batch(
         self,
@@ -204,7 +224,7 @@ class BatchReader(Dataset[Batch]):
         num_frames = torch.tensor([counts[i] for i in order], dtype=torch.int64)
         in_order = [utterances[i] for i in order]
         nothing = torch.zeros(len(order), 0, NUM_BINS)
-        return Batch(nothing, num_frames, in_order, request.epoch, request.step, skipped, mirrored)
+        return Batch(nothing, num_frames, in_order, request.epoch, request.step, skipped, mirrored, request.fingerprint)
 
 
 def collate(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
@@ -275,7 +295,7 @@ class BatchLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=_PREFETCH if num_workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=outlive_preemption,
+            worker_init_fn=outlive_preemption if is_noted() else None,
             generator=torch.Generator().manual_seed(0),  # leaves the program's own random numbers alone
         )
 

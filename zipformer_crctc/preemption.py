@@ -1,7 +1,8 @@
 """Signals by which a batch system takes a machine back: they are noted, and the run ends itself at its next step.
 
-SIGTERM and SIGUSR1 count (Slurm: ``--signal=USR1@120``; torchrun passes SIGTERM on and waits 30 s). A run that ended
-for that reason has the exit status of ``REQUEUE``: start it again with ``--resume auto``.
+SIGTERM and SIGUSR1 count; torchrun passes SIGTERM on and waits 30 s, but SIGUSR1 ends it (so with Slurm
+``--signal=B:USR1@120``, to a script that sends SIGTERM). A run that ended for that reason has the exit status of
+``REQUEUE``: start it again with ``--resume auto``.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ class Preemption:
         self.asked = True  # no more: the signal may have come in the middle of anything, a log line included
 
 
-def outlive_preemption(worker: int = 0) -> None:
+def is_noted() -> bool:
+    """Whether this program notes the signals, in place of being ended by them."""
+    return isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Preemption)
+
+
+def outlive_preemption(worker: int) -> None:
     """For loader workers, which batch systems signal too: go on for WORKER_GRACE seconds, then leave in peace.
 
-    A worker that dies at once takes its process along before that can save. In programs that do not note the signals
-    themselves workers stay as they are.
+    A worker that dies at once takes its process along before that can save.
     """
-    inherited = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if not isinstance(inherited, Preemption):
-        return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, _leave_later)

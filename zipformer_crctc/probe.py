@@ -113,7 +113,9 @@ def naming_batch(batches: Sequence[Sequence[Utterance]]) -> Iterator[None]:
     """Turn an out-of-memory error of PyTorch into OutOfMemory, which names the batches."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU
+            raise
         what = " and ".join(describe(utterances) for utterances in batches)
         raise OutOfMemory(
             f"out of memory with {what}: lower --max-duration (and raise --grad-accumulation to make up for it), "

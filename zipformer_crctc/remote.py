@@ -98,8 +98,13 @@ def _fetch(source: str, part: Path) -> None:
                 raise ValueError(
                     f"{source}: URLs need smart_open: pip install smart-open, or give pipe:COMMAND"
                 ) from error
-            with smart_open.open(source, "rb") as stream:
-                shutil.copyfileobj(stream, file)
+            try:
+                with smart_open.open(source, "rb") as stream:
+                    shutil.copyfileobj(stream, file)
+            except OSError:
+                raise
+            except Exception as error:  # each kind of store has errors of its own
+                raise OSError(f"{type(error).__name__}: {error}") from error
         else:
             with Path(source).open("rb") as stream:
                 shutil.copyfileobj(stream, file)

@@ -37,7 +37,25 @@ def newest_checkpoint(exp_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def set_aside(exp_dir: Path, batch: int) -> None:
+    """Rename the checkpoints after more than ``batch`` batches to *.undone.
+
+    For a run that goes back by name: pruning, averaging and --resume auto would else take them for its own.
+    """
+    for count, path in _by_batches(exp_dir):
+        if count > batch:
+            path.replace(path.with_name(f"{path.name}.undone"))
+            logger.warning("%s: of a run that batch %d undoes, renamed to %s.undone", path, batch, path.name)
+
+
 def _most_batches_first(exp_dir: Path) -> list[Path]:
+    # With as many batches, the file of an epoch is the later one.
+    found = sorted(_by_batches(exp_dir), key=lambda item: (item[0], item[1].name.startswith("epoch")))
+    return [path for _, path in found[::-1]]
+
+
+def _by_batches(exp_dir: Path) -> list[tuple[int, Path]]:
+    """All checkpoints that a run can go on from, each with its number of batches."""
     found = checkpoint.find_checkpoints(exp_dir)
     others = [path for path in exp_dir.glob("epoch-*.pt") if re.fullmatch(r"epoch-\d+\.pt", path.name)]
     for path in [*others, exp_dir / PREEMPTED]:
@@ -46,5 +64,4 @@ def _most_batches_first(exp_dir: Path) -> list[Path]:
                 found.append((int(checkpoint.load(path, mmap=True)["batch_idx_train"]), path))
         except (checkpoint.CheckpointError, KeyError) as error:
             logger.error("%s tells no number of batches, so it is passed over: %s", path, error)
-    # With as many batches, the file of an epoch is the later one.
-    return [path for _, path in sorted(found, key=lambda item: (item[0], item[1].name.startswith("epoch")))[::-1]]
+    return found

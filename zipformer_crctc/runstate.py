@@ -22,7 +22,7 @@ from zipformer_crctc.model import CtcModel, build_model
 from zipformer_crctc.objective import TargetEncoder
 from zipformer_crctc.optim import Eden, ScaledAdam
 from zipformer_crctc.randomstate import random_state, seed_everything
-from zipformer_crctc.resume import named_checkpoint, newest_checkpoint
+from zipformer_crctc.resume import named_checkpoint, newest_checkpoint, set_aside
 from zipformer_crctc.schedule import set_batch_count
 from zipformer_crctc.tokenizer import PhoneTokenizer
 from zipformer_crctc.tracking import RunningSums
@@ -260,6 +260,9 @@ class RunState:
             else:
                 logger.warning("%s holds no place in the pseudo-labelled data: they begin anew", path)
         self._resume_rank(path, payload)
+        train = self.config.train
+        if self.process.is_main and train.resume != "auto" and not train.dry_run:
+            set_aside(self.exp_dir, self.progress.batch_idx_train)
         logger.info("resumed from %s: epoch %d, batch %d", path, self.progress.cur_epoch, self.progress.batch_idx_train)
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ def copy_shard(
     """Copy the cuts of a shard to a shard of the same number in `folder`, with their audio as it is.
 
     change: gives the cut to write for a cut that can be read, or None to leave it out.
-    skipped: counts what cannot be read; None where that is known already.
+    skipped: counts what cannot be read; None where that is known already. Of an id that comes twice nobody can tell
+        which audio is meant, so neither is copied.
 
     Returns the number of cuts written; of a shard without any there is no file.
     """
-    readable = read_shard(shard, Skipped() if skipped is None else skipped, need_text=False)
-    places = {utterance.id: utterance for utterance in readable}
+    skipped = Skipped() if skipped is None else skipped
+    readable = list(read_shard(shard, skipped, need_text=False))
+    times = Counter(utterance.id for utterance in readable)
+    places = {utterance.id: utterance for utterance in readable if times[utterance.id] == 1}
+    for name in (name for name, count in times.items() if count > 1):
+        skipped.add("id used more than once in its shard", name)
     count = 0
     with shard.recording.open("rb") as tar, open_shard(folder, shard.number) as add:
         for cut in _cuts(shard.cuts):

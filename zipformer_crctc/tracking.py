@@ -73,7 +73,10 @@ class MetricsWriter:
         config.exp_dir.mkdir(parents=True, exist_ok=True)
         path = config.exp_dir / "metrics.jsonl"
         if resumed_at:
-            _keep_steps(path, resumed_at)
+            try:
+                _keep_steps(path, resumed_at)
+            except OSError as error:  # a full disk is no reason not to start
+                logger.error("%s: numbers of batches after %d stay in it (%s)", path, resumed_at, error)
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             self._tensorboard = _tensorboard_writer(config.exp_dir / "tensorboard", resumed_at)

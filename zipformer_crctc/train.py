@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zipformer_crctc import checkpoint
-from zipformer_crctc.badbatches import save_bad_batches
+from zipformer_crctc.badbatches import report_infinite, save_bad_batches
+from zipformer_crctc.batches import FINGERPRINTS
 from zipformer_crctc.commandline import TrainArgs, parse_train_args, run_program
 from zipformer_crctc.config import Config, config_to_dict
 from zipformer_crctc.dataconfig import DataSets, load_data_config
@@ -138,6 +139,8 @@ class Trainer:
             dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
             enabled=precision != "fp32",
         )
+        if config.train.inf_check:
+            report_infinite(self.model)
         self.wrapped: nn.Module = self.model
         if process.world_size > 1:
             # A layer's own bypass_scale is never used, and a positional projection is skipped now and then.
@@ -316,7 +319,10 @@ class Trainer:
             scale = self.config.train.unsup_cr_ctc_loss_scale / accumulation
             self.state.running_unsup.add(self._backward(unsup, scale, synchronise=due))
         self.state.scheduler.step_batch(k)
-        return self._optimizer_step() if due else False
+        if not due:
+            return False
+        with naming_batch([batch.utterances for batch, _ in self.window]):
+            return self._optimizer_step()
 
     def _backward(self, batch: Batch, scale: float, synchronise: bool) -> Tensor:
         """Add the gradient of scale * loss; returns the sums to log."""
@@ -334,15 +340,22 @@ class Trainer:
         """Update the parameters, unless a loss or a gradient is not finite.
 
         The decision is the same on all ranks, and so is what is returned: whether any was asked to end. One exchange
-        of two numbers and one transfer from the device tell both.
+        of three numbers and one transfer from the device tell both, and whether the ranks read the same data.
         """
         self.state.scaler.unscale_(self.state.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         own_losses = torch.stack([loss for _, loss in self.window])
         own_is_bad = own_losses.isfinite().logical_not().any().float()
-        told = self.process.sum(torch.stack([own_is_bad, torch.full_like(own_is_bad, float(self.preemption.asked))]))
-        bad_ranks, asked_to_end, host_norm = torch.cat([told, norm[None]]).tolist()
+        own_fingerprint = sum(batch.fingerprint for batch, _ in self.window) % FINGERPRINTS
+        others = own_is_bad.new_tensor([float(self.preemption.asked), own_fingerprint])
+        told = self.process.sum(torch.cat([own_is_bad[None], others]))
+        bad_ranks, asked_to_end, fingerprints, host_norm = torch.cat([told, norm[None]]).tolist()
+        if fingerprints != own_fingerprint * self.process.world_size:
+            raise TrainingStopped(
+                f"batch {self.progress.batch_idx_train}: the ranks do not read the same utterances: compare the copies "
+                "of the shards on all machines, file by file"
+            )
         if not bad_ranks and not math.isfinite(host_norm) and self._can_scale_down():
             logger.info(
                 "batch %d: a loss scale of %g is too large",
@@ -392,7 +405,8 @@ class Trainer:
         total = torch.zeros_like(self.state.running.sums, device=device)
         for batch in self.state.valid_loader:
             if not batch.is_empty:
-                total = total + self.objective.valid_loss(self.model, batch.to(device)).sums
+                with naming_batch([batch.utterances]):
+                    total = total + self.objective.valid_loss(self.model, batch.to(device)).sums
         self.model.train()
         losses = losses_per_frame(self.process.sum(total))
         k = self.progress.batch_idx_train

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
+from zlib import crc32
 
 import torch
 
-from zipformer_crctc.batches import BatchRequest, State
+from zipformer_crctc.batches import FINGERPRINTS, BatchRequest, State
 from zipformer_crctc.buckets import BucketPool, Item, ItemStep, bucket_limits, leftover_steps
 from zipformer_crctc.shar import DataError, Shard, ShardReader, Skipped, Utterance
 from zipformer_crctc.sharindex import Problem
@@ -124,7 +125,8 @@ class TrainOrder:
         """
         for step, batches, new_state in self.steps(epoch, start_step, state):
             utterances = tuple(item.utterance for item in batches[self.settings.rank])
-            yield BatchRequest(epoch, step, utterances, new_state)
+            names = "\n".join(item.utterance.id for batch in batches for item in batch)
+            yield BatchRequest(epoch, step, utterances, crc32(names.encode()) % FINGERPRINTS, new_state)
 
     def steps(
         self, epoch: int, start_step: int = 0, state: State | None = None
