@@ -47,8 +47,9 @@ class TargetEncoder:
     def __call__(self, text: str) -> list[int]:
         """Token ids; symbols that are not known are counted in `unknown`."""
         text = self.text(text)
-        self.unknown.add(text, self.tokenizer)
-        return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
+        self.unknown.add(text, self.tokenizer, ids)
+        return ids
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from zipformer_crctc.tokenizer import PhoneTokenizer, read_table
@@ -77,30 +77,35 @@ class _Normaliser:
         rules: dict[str, str] = {s: r for s, r in _EQUIVALENTS.items() if known.issuperset(r)}
         rules.update(dict.fromkeys(_PROSODY + _NARROW, ""))
         self.rules = str.maketrans({s: r for s, r in rules.items() if s not in known})
-        self.narrow = frozenset(_NARROW) - known
+        self.narrow = re.compile(f"[{''.join(map(re.escape, sorted(frozenset(_NARROW) - known)))}]")
         # Marks of a lower combining class may stand between a letter and its own mark.
         self.whole = [
-            (re.compile(f"{re.escape(parts[0])}([\u0300-\u036f]*?){re.escape(parts[1:])}"), rf"{piece}\1")
+            (parts[1:], re.compile(f"{re.escape(parts[0])}([\u0300-\u036f]*?){re.escape(parts[1:])}"), rf"{piece}\1")
             for piece in sorted(known)
             if len(parts := unicodedata.normalize("NFD", piece)) > 1
         ]
 
     def decompose(self, text: str) -> str:
         text = unicodedata.normalize("NFD", text)
-        for pattern, piece in self.whole:
-            text = pattern.sub(piece, text)
+        for marks, pattern, piece in self.whole:
+            if marks in text:
+                text = pattern.sub(piece, text)
         return text
 
     def __call__(self, text: str, dropped: Counter[str] | None) -> str:
         text = self.decompose(text)
-        controls = [c for c in text if unicodedata.category(c) in ("Cc", "Cf") and c not in "\t\n\v\f\r"]
+        controls = [] if text.isprintable() else [c for c in text if _is_control(c)]
         if dropped is not None:
-            dropped.update(c for c in text if c in self.narrow)
+            dropped.update(self.narrow.findall(text))
             dropped.update(controls)
         if controls:
             text = text.translate(dict.fromkeys(map(ord, controls)))
         # A mark that moved below its letter has another place in the canonical order.
         return " ".join(self.decompose(text.translate(self.rules)).split())
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf") and character not in "\t\n\v\f\r"
 
 
 @cache
@@ -156,10 +161,10 @@ class UnknownSymbols:
         self.num_affected = 0
         """Texts with an unknown symbol."""
 
-    def add(self, text: str, tokenizer: PhoneTokenizer) -> None:
-        """Count the symbols of a normalised text that `tokenizer` encodes to `<unk>`."""
+    def add(self, text: str, tokenizer: PhoneTokenizer, ids: Sequence[int] | None = None) -> None:
+        """Count the symbols of a normalised text that `tokenizer` encodes to `<unk>`; `ids` as it encodes it."""
         self.num_texts += 1
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text) if ids is None else ids
         if tokenizer.unk_id not in ids:
             return
         self.num_affected += 1
