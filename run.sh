@@ -59,7 +59,7 @@ if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   # Few recordings are soon learnt by heart: more variety, and CR-CTC for most of the run. Hours of clean synthetic
   # speech are not: plain CTC, whose batches take half the time.
   case "$corpus" in
-    espeak) : "${steps:=3600}"; options=(--plain-ctc-batches "$steps") ;;
+    espeak) : "${steps:=4200}"; options=(--plain-ctc-batches "$steps") ;;
     tusom2021) : "${steps:=8000}"; options=(--speed-perturbation 0.1 --plain-ctc-batches 800) ;;
     tsv) options=(--speed-perturbation 0.1 --plain-ctc-batches 800) ;;
   esac

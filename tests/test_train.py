@@ -220,6 +220,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     assert not exp_dir.exists()
     told = "\n".join(lines)
     assert all(words in told for words in ("M parameters", "fit into memory", "batches in an epoch", "s for a step"))
+    assert "h for the 6 batches of the run" in told
 
 
 def test_the_memory_scan_changes_no_loss(corpus: Path, finished: Path, tmp_path: Path) -> None:
@@ -305,24 +306,33 @@ def test_the_validation_loss_falls(corpus: Path, tmp_path: Path) -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_skips_the_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    original = train.Objective.train_loss
+    original, calls = train.Objective.train_loss, []
 
-    def sometimes_nan(self: train.Objective, *args: Any) -> Any:
+    def poisoned(self: train.Objective, *args: Any) -> Any:
         loss = original(self, *args)
-        poison = float("nan") if sometimes_nan.calls == 1 else 1.0  # type: ignore[attr-defined]
-        sometimes_nan.calls += 1  # type: ignore[attr-defined]
-        return type(loss)(loss.total * poison, loss.sums)
+        calls.append(loss)
+        if len(calls) != 2:
+            return loss
+        if where == "loss":
+            return type(loss)(loss.total * float("nan"), loss.sums)
+        loss.total.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
-    sometimes_nan.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(train.Objective, "train_loss", sometimes_nan)
+    monkeypatch.setattr(train.Objective, "train_loss", poisoned)
     train.main(train_flags(corpus, tmp_path, num_steps=3))
     state = checkpoint.load(tmp_path / "checkpoint-3.pt")
+    assert state["skipped_steps"] == 1
     assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values())
     saved = checkpoint.load(tmp_path / "bad-batch-2-0.pt")
     assert saved["ids"] and saved["batches"][0]["features"].ndim == 3
+
+
+def test_a_run_without_finite_losses_stops(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.Objective.train_loss
 
     def always_nan(self: train.Objective, *args: Any) -> Any:
         loss = original(self, *args)
@@ -330,7 +340,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
 
     monkeypatch.setattr(train.Objective, "train_loss", always_nan)
     with pytest.raises(train.TrainingStopped, match="--max-skipped-steps"):
-        train.main(train_flags(corpus, tmp_path / "bad", num_steps=5, max_skipped_steps=2))
+        train.main(train_flags(corpus, tmp_path, num_steps=5, max_skipped_steps=2))
 
 
 @pytest.mark.parametrize(
@@ -403,6 +413,33 @@ def is_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_two_agents_save_at_sigterm_and_go_on_from_there(corpus: Path, tmp_path: Path) -> None:
+    """As on two nodes: agents that meet by rendezvous, each with a process of the run."""
+
+    def start(run: str, num_steps: int) -> list[subprocess.Popen[bytes]]:
+        meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", run]
+        program = [sys.executable, "-m", "torch.distributed.run", *meeting, "--rdzv-endpoint", "localhost:29883"]
+        flags = train_flags(corpus, tmp_path, max_duration=3, num_steps=num_steps, resume="auto", save_every_n=1000)
+        command = [*program, str(ROOT / "zipformer_crctc" / "train.py"), *flags]
+        return [subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) for _ in range(2)]
+
+    agents = start("first", 100_000)
+    try:
+        wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(losses(tmp_path)) > 1)
+        for agent in agents:
+            agent.terminate()
+        for agent in agents:
+            agent.wait(timeout=120)
+        saved = int(checkpoint.load(tmp_path / "preempted.pt")["batch_idx_train"])
+        agents = start("second", saved + 2)
+        assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+        assert [record["step"] for record in read_metrics(tmp_path, "train")] == list(range(1, saved + 3))
+    finally:
+        for agent in agents:
+            if is_alive(agent.pid):
+                os.killpg(agent.pid, signal.SIGKILL)
 
 
 def test_torchrun_starts_it_too(corpus: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ class TrainConfig:
     scan_oom: bool = False
     """Before training, try the largest batches of an epoch (of each length), to see whether they fit into memory."""
     dry_run: bool = False
-    """Tell the size of the model, batches in an epoch, memory and time for a step, after a few; write nothing."""
+    """Tell the size of the model, batches in an epoch, memory, and time for a step and for the run; write nothing."""
     inf_check: bool = False
     """Log modules whose outputs, and parameters whose gradients, are not finite; slow."""
     tensorboard: bool = True

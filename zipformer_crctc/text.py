@@ -77,7 +77,7 @@ class _Normaliser:
         rules: dict[str, str] = {s: r for s, r in _EQUIVALENTS.items() if known.issuperset(r)}
         rules.update(dict.fromkeys(_PROSODY + _NARROW, ""))
         self.rules = str.maketrans({s: r for s, r in rules.items() if s not in known})
-        self.narrow = re.compile(f"[{''.join(map(re.escape, sorted(frozenset(_NARROW) - known)))}]")
+        self.narrow = re.compile("|".join(map(re.escape, sorted(frozenset(_NARROW) - known))) or "(?!)")
         # Marks of a lower combining class may stand between a letter and its own mark.
         self.whole = [
             (parts[1:], re.compile(f"{re.escape(parts[0])}([\u0300-\u036f]*?){re.escape(parts[1:])}"), rf"{piece}\1")

@@ -208,23 +208,25 @@ class Trainer:
         self._begin_epoch()
         self.model.train()
         set_batch_count(self.model, self.state.adjusted_batch_count)
-        times, audio = [], 0.0
+        moments, audio = [time.monotonic()], 0.0
         for batch in itertools.islice(self.state.train_loader, DRY_RUN_STEPS):
             self.progress.batch_idx_train += 1
-            started = time.monotonic()
             self._train_step(batch)
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize(self.process.device)
-            times.append(time.monotonic() - started)
+            moments.append(time.monotonic())
             audio += batch.seconds
-        seconds = statistics.median(times)
+        times = [end - start for start, end in itertools.pairwise(moments)]  # with the wait for the data
+        seconds = statistics.median(times[1:] or times)  # in the first one the loader starts
+        run_steps = train.num_steps or steps * train.num_epochs
         logger.info("%.2f M parameters; with gradients and optimizer %.2f GiB", size, state_bytes(self.model) / GIB)
         if self.process.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.process.device)
             logger.info("at most %.2f GiB of the GPU's memory in use", peak / GIB)
         logger.info("%d batches in an epoch, about %.0f s of audio each and process", steps, audio / len(times))
         logger.info(
-            "%.3f s for a step (median of %d), %.2f h for an epoch", seconds, len(times), seconds * steps / 3600
+            "%.3f s for a step, %.2f h for an epoch, %.2f h for the %d batches of the run",
+            *(seconds, seconds * steps / 3600, seconds * run_steps / 3600, run_steps),
         )
 
     def _plan(self, unsup: bool = False) -> EpochPlan:
