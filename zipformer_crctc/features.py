@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,9 +51,6 @@ class Fbank:
 
     def __init__(self, zero_padded: bool = False) -> None:
         self.zero_padded = zero_padded
-        filters = mel_filters().float()
-        self._window = povey_window()
-        self._mel = [filters[band].contiguous() for band in BANDS]
 
     def __call__(self, waveform: Tensor) -> Tensor:
         """Features (T, 80) float32 of a waveform (S,), T = floor((S + 80) / 160)."""
@@ -66,7 +64,7 @@ class Fbank:
             return waveform.new_zeros((0, NUM_BINS), dtype=torch.float32)
         frames = _mirror_edges(waveform.float(), num_frames).unfold(0, FRAME_LENGTH, FRAME_SHIFT)  # (T, 400), views
         num_blocks = -(-num_frames // _FRAMES_PER_BLOCK)
-        return torch.cat([log_mel(block, self._window, self._mel) for block in frames.chunk(num_blocks)])
+        return torch.cat([log_mel(block, *_constants(block.device)) for block in frames.chunk(num_blocks)])
 
     def batch(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Features [(T_i, 80)] of several waveforms [(S_i,)], see the class for the treatment of their ends."""
@@ -88,9 +86,7 @@ class Fbank:
         """
         if not len(waveforms):
             return waveforms.new_zeros(0, 0, NUM_BINS)
-        window = self._window.to(waveforms.device)
-        mel = [filters.to(waveforms.device) for filters in self._mel]
-        features = log_mel(waveforms.unfold(1, FRAME_LENGTH, FRAME_SHIFT), window, mel)
+        features = log_mel(waveforms.unfold(1, FRAME_LENGTH, FRAME_SHIFT), *_constants(waveforms.device))
         valid = torch.arange(features.shape[1], device=features.device) < num_frames[:, None]  # (N, T)
         return features.masked_fill(~valid[:, :, None], LOG_EPS)
 
@@ -115,6 +111,14 @@ def log_mel(frames: Tensor, window: Tensor, mel: Sequence[Tensor]) -> Tensor:
     for (rows, columns), filters in zip(BANDS, mel, strict=True):
         torch.matmul(power[..., rows], filters, out=energy[..., columns])
     return energy.clamp_(min=FLOOR).log_()
+
+
+@cache
+@torch.inference_mode(False)  # they stay, whatever mode they are first needed in
+def _constants(device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """The window and the filters of each of BANDS."""
+    filters = mel_filters().float()
+    return povey_window().to(device), [filters[band].contiguous().to(device) for band in BANDS]
 
 
 def povey_window() -> Tensor:

@@ -12,7 +12,6 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,8 @@ class Batch:
         if self.mirrored is None:
             return replace(self, features=self.features.to(device, non_blocking=True), num_frames=num_frames)
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            features = _fbank().of_mirrored(self.mirrored.to(device, non_blocking=True), num_frames)
+            features = Fbank().of_mirrored(self.mirrored.to(device, non_blocking=True), num_frames)
         return replace(self, features=features, num_frames=num_frames, mirrored=None)
-
-
-@cache
-def _fbank() -> Fbank:
-    """The one that makes features on devices."""
-    return Fbank()
 
 
 class AudioReader:
