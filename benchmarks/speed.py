@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
 from benchmarks.results_file import row, write_rows
-from zipformer_crctc import products
+from zipformer_crctc import native, products
 
 OURS = "ours"
 BATCH_COUNT = 20_000.0
@@ -198,10 +198,10 @@ def _traffic(step: Callable[[], Any]) -> float:
 
 def _operations(forward: Callable[[], Any]) -> float:
     """Floating-point operations of the matrix products and convolutions of a pass."""
-    available, products.HAS_ONEDNN = products.HAS_ONEDNN, False  # its operator is not known to the counter
-    with FlopCounterMode(display=False) as counter:
+    used, products.USE_ONEDNN = products.USE_ONEDNN, False  # its operator is not known to the counter
+    with FlopCounterMode(display=False) as counter, native.disabled():  # nor are the kernels
         forward()
-    products.HAS_ONEDNN = available
+    products.USE_ONEDNN = used
     return float(counter.get_total_flops())
 
 

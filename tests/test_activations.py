@@ -17,7 +17,6 @@ from zipformer_crctc.activations import (
     SharedDropout,
     SwooshR,
     computed_again,
-    for_two,
     gated,
     swoosh_l,
     swoosh_r,
@@ -158,12 +157,6 @@ def test_a_small_array_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             z = y.square()
         z.sum().backward()
         assert compute.call_count == times
-
-
-def test_one_computation_is_for_two_calls() -> None:
-    calls = iter(range(9))
-    again = for_two(lambda: torch.tensor(next(calls)))
-    assert [int(again()) for _ in range(5)] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("cheap_channels", [0, 128])

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from small_models import draw_parameters
+from zipformer_crctc import native
 from zipformer_crctc.attention import (
     AttentionWeights,
     NonlinAttention,
     RelativePositions,
     SelfAttention,
+    averaged,
     relative_positions,
     uniform_attention,
 )
 from zipformer_crctc.schedule import set_batch_count
 
 T, N, C, H = 7, 3, 10, 2
+
+needs_kernels = pytest.mark.skipif(
+    not native.suits(torch.zeros(1)), reason="no C kernels: no compiler, or ZIPA_NATIVE=0"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +178,113 @@ def test_initial_values() -> None:
     ):
         assert 0.95 * bound < weight.abs().max() <= bound * 1.0001
     assert module.linear_pos.bias is None
+
+
+class Attention(nn.Module):
+    """The modules of a layer that share attention weights, with sizes that fill no vector.
+
+    Args:
+        positions: whether scores depend on positions.
+        penalised: whether large scores are penalised.
+        key: what is done with keys.
+    """
+
+    def __init__(self, positions: bool, penalised: bool, key: nn.Module) -> None:
+        super().__init__()
+        self.weights = AttentionWeights(C, 12, H, query_head_dim=17, pos_head_dim=3)
+        self.self_attention = SelfAttention(C, H, value_head_dim=5)
+        self.nonlin_attention = NonlinAttention(C, 38).eval()
+        draw_parameters(self, 0.4)
+        self.weights.pos_emb_skip_rate = 0.0 if positions else 1.0  # type: ignore[assignment]
+        self.weights.penalty_prob = float(penalised)
+        self.weights.balance_keys, self.weights.whiten_keys = nn.Identity(), key  # type: ignore[assignment]
+        self.self_attention.eval()
+
+    def forward(self, x: Tensor, pos_emb: Tensor, padding: Tensor | None, forbidden: Tensor | None) -> list[Tensor]:
+        """Sequences (T, N, C)."""
+        weights = self.weights(x, pos_emb, padding, forbidden)
+        once, twice = self.self_attention(x, weights), self.self_attention(x.tanh(), weights)
+        return [once, twice, self.nonlin_attention(x, weights[:1]), self.nonlin_attention(x, weights[1:])]
+
+
+def results(module: Attention, frames: int, utterances: int, masks: str, dtype: torch.dtype) -> list[Tensor]:
+    """Weights, sequences, and the gradients of all inputs and parameters that there are."""
+    module = module.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((frames, utterances, C), generator=generator).to(dtype).requires_grad_()
+    pos_emb = relative_positions(frames, 12).to(dtype).requires_grad_()
+    padding = forbidden = None
+    if "padding" in masks:
+        padding = torch.arange(frames) >= torch.linspace(frames, 0.6 * frames, utterances)[:, None]
+    if "forbidden" in masks:
+        shape = (utterances, frames, frames) if "each" in masks else (frames, frames)
+        forbidden = torch.rand(shape, generator=generator) < 0.3
+        forbidden[..., -1, :] = True
+    sequences = module(x, pos_emb, padding, forbidden)
+    total = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in sequences)
+    inputs = [x, pos_emb, *module.parameters()]
+    grads = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [module.weights(x, pos_emb, padding, forbidden), *sequences, *(grad for grad in grads if grad is not None)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("frames", [1, 7, 63, 130])
+@pytest.mark.parametrize(
+    ("masks", "positions", "penalised", "key"),
+    [
+        ("", True, False, nn.Identity()),
+        ("padding", False, False, nn.Identity()),
+        ("padding, forbidden", True, True, nn.Identity()),
+        ("forbidden, each", True, False, nn.Tanh()),
+        ("padding, forbidden, each", False, True, nn.Tanh()),
+    ],
+)
+@pytest.mark.parametrize("utterances", [1, 3])
+def test_kernels_are_as_good_as_operations(
+    frames: int, utterances: int, masks: str, positions: bool, penalised: bool, key: nn.Module
+) -> None:
+    module = Attention(positions, penalised, key)
+    exact = results(module, frames, utterances, masks, torch.float64)
+    got = results(module, frames, utterances, masks, torch.float32)
+    with native.disabled():
+        plain = results(module, frames, utterances, masks, torch.float32)
+    assert len(got) == len(plain) == len(exact)
+    for ours, theirs, want in zip(got, plain, exact, strict=True):
+        # Some gradients are zero but for rounding, like that of the bias of keys: hence the error of the operations.
+        error = (theirs - want).abs().max() + 1e-5 * want.abs().max() + 1e-5
+        assert (ours - want).abs().max() <= 3.0 * error
+
+
+@needs_kernels
+def test_kernels_ignore_the_number_of_threads() -> None:
+    frames = 130
+    module = AttentionWeights(C, 12, H, query_head_dim=5, pos_head_dim=4).eval()
+    module.in_proj, module.linear_pos = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    shapes = ((frames, N, 2 * H * 5 + H * 4), (1, 2 * frames - 1, H * 4), (frames, N, 12))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    threads, grads = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            averages = averaged(module(*inputs[:2]), inputs[2])
+            grads.append(torch.autograd.grad(averages, inputs, torch.ones_like(averages) + averages.detach()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_weights_take_gradients_of_any_operation() -> None:
+    """Of averages by all and by some heads, which kernels keep as products, and of other uses."""
+    module, x, pos_emb = attention_weights(), torch.randn(T, N, C), relative_positions(T, 12)
+    values, factor = torch.randn(T, N, 12), torch.randn(H, N, T, T)
+    for others in (False, True):
+        grads = []
+        for context in (nullcontext(), native.disabled()):
+            with context:
+                weights = module(x, pos_emb)
+                heads = [weights, weights[:1], weights[-1:]] + [weights.flip(0)] * others
+                total = torch.stack([averaged(w, values).square().sum() for w in heads]).sum()
+                total = total + others * (weights * factor).sum()
+                grads.append(torch.autograd.grad(total, [weights, module.in_proj.weight, module.linear_pos.weight]))
+        for got, want in zip(*grads, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)

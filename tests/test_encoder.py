@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from small_models import LAYER_SIZES, draw_parameters, encoder_layers, small_encoder, small_model
+from zipformer_crctc.activations import upsample
 from zipformer_crctc.encoder import (
     Downsample,
     DownsampledStack,
@@ -18,7 +19,6 @@ from zipformer_crctc.encoder import (
     Zipformer,
     chunk_attention_mask,
     left_context_chunks,
-    upsample,
 )
 from zipformer_crctc.layers import EncoderLayer
 from zipformer_crctc.model import padding_mask

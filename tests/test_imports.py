@@ -20,7 +20,9 @@ PROGRAMS = {
 
 MODEL = [
     "schedule",
+    "native",
     "products",
+    "convolution",
     "regularisers",
     "activations",
     "frontend",

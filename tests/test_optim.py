@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from golden_checks.training import CHECKERS
+from zipformer_crctc import native
 from zipformer_crctc.optim import EARLY_THRESHOLD_STEPS, Eden, ScaledAdam
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+needs_kernels = pytest.mark.skipif(not native.suits(torch.zeros(1)), reason="no C kernels: they need a C compiler")
+
+
+@pytest.fixture(params=[pytest.param("kernels", marks=needs_kernels), "operations"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The optimizer's work in C and by PyTorch's operations."""
+    if request.param == "kernels":
+        yield
+    else:
+        with native.disabled():
+            yield
 
 
 def u(k: int, r: int) -> float:
@@ -50,6 +65,7 @@ def same(a: dict[str, nn.Parameter], b: dict[str, nn.Parameter]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.usefixtures("way")
 def test_known_trajectory() -> None:
     """Values from an independent run of the published optimizer, clipping included (the spike at step 15)."""
     a, s = nn.Parameter(0.5 * u_tensor(1, 3, 4)), nn.Parameter(torch.tensor(0.3))
@@ -70,6 +86,7 @@ def test_known_trajectory() -> None:
             assert got == pytest.approx(want[step + 1], abs=2e-6)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["clip", "eden", "groups", "inf", "noclip"])
 def test_golden(name: str) -> None:
     path = GOLDEN / f"50_scaled_adam_{name}.safetensors"
@@ -130,6 +147,7 @@ def test_state_layout() -> None:
     assert group["params"] == list(range(6))
 
 
+@pytest.mark.usefixtures("way")
 def test_published_state_is_read() -> None:
     """A state dict built by hand in the published layout, then one step worked out by hand."""
     params = small_model()
@@ -190,6 +208,7 @@ def test_published_state_is_read() -> None:
     assert all(entry["step"] == 401 for entry in new.values())
 
 
+@pytest.mark.usefixtures("way")
 def test_resume_is_exact(tmp_path: Path) -> None:
     straight, first = small_model(), small_model()
     run(straight, make(straight), range(30))
@@ -238,6 +257,7 @@ def test_clipping_begins_after_step_10() -> None:
             assert optimizer.clip_factors == [1.0]
 
 
+@pytest.mark.usefixtures("way")
 def test_infinite_gradients_become_zero(caplog: pytest.LogCaptureFixture) -> None:
     params = small_model()
     optimizer = make(params)
@@ -258,6 +278,7 @@ def test_infinite_gradients_become_zero(caplog: pytest.LogCaptureFixture) -> Non
     assert same(params, zeroed)
 
 
+@pytest.mark.usefixtures("way")
 def test_warning_names_the_dominating_parameter(caplog: pytest.LogCaptureFixture) -> None:
     params = small_model()
     optimizer = make(params)
@@ -272,6 +293,7 @@ def test_warning_names_the_dominating_parameter(caplog: pytest.LogCaptureFixture
     assert torch.equal(params["b.weight"].grad, before)  # the gradients themselves are left as they were
 
 
+@pytest.mark.usefixtures("way")
 def test_too_many_infinite_norms() -> None:
     params = small_model()
     optimizer = make(params)
@@ -282,6 +304,7 @@ def test_too_many_infinite_norms() -> None:
             optimizer.step()
 
 
+@pytest.mark.usefixtures("way")
 def test_sizes_are_limited() -> None:
     """A tensor and a scalar pushed outwards stop near their limits."""
     big, scalar = nn.Parameter(2.9 * torch.ones(4)), nn.Parameter(torch.tensor(9.9))
@@ -292,6 +315,128 @@ def test_sizes_are_limited() -> None:
     # Four steps outwards of lr times the rms balance one size update towards 3.
     assert big.detach().square().mean().sqrt() == pytest.approx(3 / (1 - 4 * 0.02), rel=0.02)
     assert scalar.item() == pytest.approx(10 + 0.1 * 0.02, abs=1e-4)  # clamped before the last update
+
+
+def varied_model() -> dict[str, nn.Parameter]:
+    """Scalars, stacks of several, other orders of axes, sizes beyond the limits, and enough values for two threads."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"scale": (), "b.scale": (), "gain": (1, 1), "bias": (5,), "conv": (6, 4, 3, 3), "point": (4, 6, 1, 1)}
+    shapes |= {f"{name}.weight": (70, 61) for name in "abcde"} | {"wide": (3, 2777), "small": (4,), "empty": (7,)}
+    params = {name: nn.Parameter(0.3 * torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    for name in ("conv", "point"):
+        params[name].data = params[name].data.to(memory_format=torch.channels_last)
+    params["small"].data.mul_(1e-6)  # below the least rms
+    params["bias"].data.mul_(12)  # above the largest
+    params["scale"].data.fill_(9.99)
+    params["empty"].data.zero_()
+    return params
+
+
+def set_varied_grads(params: dict[str, nn.Parameter], step: int) -> None:
+    set_grads(params, step, 30.0 if step in (33, 70) else 1.0)
+    params["b.weight"].grad = params["b.weight"].grad.t().contiguous().t()  # type: ignore[union-attr]
+    params["scale"].grad = -torch.ones(())
+    if step % 3 == 1:
+        params["c.weight"].grad = params["b.scale"].grad = params["wide"].grad = None
+    if step in (10, 11):
+        params["d.weight"].grad = torch.zeros(70, 61)
+    if step in (50, 51):
+        params["e.weight"].grad[0, 7] = math.inf  # type: ignore[index]
+    if step == 52:
+        for p in params.values():
+            p.grad = None
+
+
+def varied_optimizer(params: dict[str, nn.Parameter]) -> ScaledAdam:
+    named = list(params.items())
+    return ScaledAdam(
+        [
+            {"named_params": named[:9]},
+            {"named_params": named[9:12], "lr": 0.02, "betas": (0.8, 0.95), "size_update_period": 3},
+            {"named_params": named[12:], "clipping_scale": None, "param_min_rms": 1e-4, "param_max_rms": 1.0},
+        ],
+        lr=0.05,
+        clipping_scale=2.0,
+    )
+
+
+def run_varied(params: dict[str, nn.Parameter], optimizer: ScaledAdam, steps: range) -> list[list[float]]:
+    factors = []
+    for step in steps:
+        set_varied_grads(params, step)
+        optimizer.step()
+        factors.append(optimizer.clip_factors)
+    return factors
+
+
+@needs_kernels
+def test_kernels_equal_operations() -> None:
+    params, twins = varied_model(), varied_model()
+    optimizer, twin = varied_optimizer(params), varied_optimizer(twins)
+    all_factors: list[float] = []
+    for start in range(0, 120, 10):
+        factors = run_varied(params, optimizer, range(start, start + 10))
+        with native.disabled():
+            want = run_varied(twins, twin, range(start, start + 10))
+        torch.testing.assert_close(factors, want, rtol=1e-5, atol=0)
+        for name, twin_param in twins.items():
+            size = twin_param.detach().abs().max().item()
+            torch.testing.assert_close(params[name], twin_param, rtol=1e-5, atol=5e-6 * size)
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in twin.state_dict()["state"][index].items():
+                atol = 3e-5 if key == "scale_grads" else 1e-6  # sums over thousands of values of both signs
+                torch.testing.assert_close(state[key], value, rtol=1e-5, atol=atol)
+        all_factors += [factor for of_step in factors for factor in of_step]
+    assert {0.0, 1.0} < set(all_factors)
+    assert params["conv"].is_contiguous(memory_format=torch.channels_last)
+    assert not same(twins, varied_model())
+
+
+@needs_kernels
+def test_kernels_do_not_depend_on_threads_or_addresses() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads, offset in ((1, 0), (2, 0), (3, 1), (1, 5)):
+            torch.set_num_threads(threads)
+            params = varied_model()
+            for p in params.values():
+                if p.is_contiguous():
+                    place = torch.empty(p.numel() + offset)[offset:].view(p.shape)
+                    p.data = place.copy_(p.data)
+            run_varied(params, varied_optimizer(params), range(30))
+            results.append(params)
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(results[0], other) for other in results[1:])
+
+
+@needs_kernels
+def test_kernels_are_seen_by_autograd() -> None:
+    p = nn.Parameter(torch.ones(3))
+    loss = p.square().sum()
+    p.grad = torch.ones(3)
+    ScaledAdam([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_kernels_do_not_take() -> None:
+    """Other types take PyTorch's operations; a state that does not fit is refused rather than overrun."""
+    single, double = small_model(), {name: nn.Parameter(p.detach().double()) for name, p in small_model().items()}
+    optimizers = make(single), make(double)
+    for step in range(12):
+        set_grads(single, step)
+        for name, p in single.items():
+            double[name].grad = p.grad.double()  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, p in single.items():
+        torch.testing.assert_close(p, double[name].float())
+    optimizer = optimizers[0]
+    optimizer.param_groups[0]["size_update_period"] = 20
+    with pytest.raises(IndexError):
+        run(single, optimizer, range(12, 20))
 
 
 def test_closure() -> None:

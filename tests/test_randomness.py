@@ -27,11 +27,12 @@ from small_models import (
     small_model,
     stack_of,
 )
-from zipformer_crctc.activations import BiasNorm
+from zipformer_crctc.activations import BiasNorm, Bypass
 from zipformer_crctc.attention import AttentionWeights, relative_positions
 from zipformer_crctc.encoder import DownsampledStack
-from zipformer_crctc.layers import Bypass, EncoderLayer, FeedForward
+from zipformer_crctc.layers import EncoderLayer, FeedForward
 from zipformer_crctc.model import CtcModel
+from zipformer_crctc.products import Linear
 from zipformer_crctc.schedule import set_batch_count
 
 UTTERANCES = 20_000
@@ -83,11 +84,19 @@ class EqualWeights(nn.Module):
         return x.new_full((1, utterances, frames, frames), 1.0 / frames)
 
 
+def always(layer: nn.Linear | nn.Conv2d, value: float) -> None:
+    """Let a layer give this value, whatever its input."""
+    assert layer.bias is not None
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, value)
+
+
 class NoNorm(BiasNorm):
     """Leaves everything as it is."""
 
-    def values(self, x: Tensor, log_scale: Tensor) -> Tensor:
-        return x
+    def forward(self, x: Tensor, bypass: tuple[Tensor, Bypass] | None = None) -> Tensor:
+        super().forward(x)  # draws
+        return x if bypass is None else bypass[1](bypass[0], x)
 
 
 # Masks per utterance in an encoder layer
@@ -282,10 +291,9 @@ def bypass_limiter(b: float) -> tuple[int, int]:
 @torch.no_grad()
 def convnext_layer_drop(b: float) -> tuple[int, int]:
     block = small_model().encoder_embed.convnext
-    block.depthwise_conv, block.pointwise_conv1 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
-    block.pointwise_conv2 = Ones()  # type: ignore[assignment]
+    always(block.pointwise_conv2, 1.0)
     training(block, b)
-    change = block(torch.zeros(UTTERANCES, 3, 2, 2)).flatten(1)
+    change = block(torch.zeros(UTTERANCES, block.depthwise_conv.in_channels, 2, 2)).flatten(1)
     assert set(change.unique().tolist()) <= {0.0, 1.0}  # whole utterances, not rescaled
     assert torch.equal(change, change[:, :1].expand_as(change))
     return int((change[:, 0] == 0.0).sum()), UTTERANCES
@@ -318,9 +326,12 @@ def feed_forward_dropout(name: str) -> Measure:
         *_, (_, _, layer) = encoder_layers(small_model().encoder)
         module = getattr(layer, name)
         assert isinstance(module, FeedForward)
-        module.in_proj, module.out_proj = Ones(), nn.Identity()  # type: ignore[assignment]
+        always(module.in_proj, 1.0)
+        hidden = module.in_proj.out_features
+        module.out_proj = Linear(hidden, hidden, bias=False)
+        nn.init.eye_(module.out_proj.weight)
         training(module, b)
-        y = module(torch.zeros(2, 4000, 30))
+        y = module(torch.zeros(2, 4000, module.in_proj.in_features))
         return dropped_channels(y, 0, piecewise_linear(DROPOUT, b), SWOOSH_L_OF_1)
 
     return measure

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
+from zipformer_crctc import native
 from zipformer_crctc.activations import computed_again, tanh_gated
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
@@ -22,6 +27,14 @@ from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 MASKED_SCORE = -1000.0
+SCORE_LIMIT = 25.0
+SCORE_PENALTY = 1e-4
+"""In some training calls, as if so much for each unit of a score beyond the limit were part of the loss."""
+
+_weights = native.Kernel("attention_weights", "p" * 8 + "i" * 10 + "f")
+_weights_gradient = native.Kernel("attention_weights_gradient", "ppp" + "i" + "p" * 11 + "i" * 14 + "f")
+_averages = native.Kernel("attention_averages", "ppp" + "i" * 6)
+_averages_gradient = native.Kernel("attention_averages_gradient", "ppp" + "i" * 6)
 
 
 def relative_positions(frames: int, dim: int, left_context: int = 0, device: torch.device | None = None) -> Tensor:
@@ -99,6 +112,183 @@ class _AlignOffsets(torch.autograd.Function):
         return by_offset
 
 
+def _steps(x: Tensor) -> tuple[int, int]:
+    """From a frame of a sequence to the next, and from an utterance to the next."""
+    return x.stride(0), x.stride(1)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What attention weights are made of, as kernels take it."""
+
+    projected: Tensor
+    """(T, N, C): queries, keys and positional queries side by side"""
+    key: Tensor | None
+    """(T, N, H * c) in place of those keys"""
+    pos_key: Tensor | None
+    """(2T - 1, H * c), None for no positions"""
+    padding: Tensor | None
+    """(N, T)"""
+    forbidden: Tensor | None
+    """(N, T, T), utterances perhaps one and the same"""
+    heads: int
+    sizes: tuple[int, int, int]
+    """channels of queries, keys and positional queries"""
+
+    def arrays(self) -> list[Tensor | None]:
+        query, key, pos_query = self.projected.split(self.sizes, dim=-1)
+        key = key if self.key is None else self.key
+        return [query, key, pos_query, self.pos_key, self.padding, self.forbidden]
+
+    def numbers(self) -> list[int]:
+        frames, utterances, _ = self.projected.shape
+        per_head = [size // self.heads for size in (self.sizes[0], self.sizes[2])]
+        key_steps = _steps(self.projected if self.key is None else self.key)
+        forbidden_step = 0 if self.forbidden is None else self.forbidden.stride(0)
+        return [self.heads, utterances, frames, *per_head, *_steps(self.projected), *key_steps, forbidden_step]
+
+
+class _Weights(torch.autograd.Function):
+    """Attention weights by kernels: scores, masks and softmax of a few targets at a time, which stay in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        key: Tensor | None,
+        pos_key: Tensor | None,
+        padding: Tensor | None,
+        forbidden: Tensor | None,
+        heads: int,
+        sizes: tuple[int, int, int],
+        penalised: bool,
+    ) -> Tensor:
+        frames, utterances, _ = projected.shape
+        weights = projected.new_empty(heads, utterances, frames, frames)
+        large = torch.empty_like(weights, dtype=torch.int8) if penalised else None
+        inputs = _Inputs(projected, key, pos_key, padding, forbidden, heads, sizes)
+        _weights(*inputs.arrays(), large, weights, *inputs.numbers(), SCORE_LIMIT)
+        ctx.save_for_backward(projected, key, pos_key, padding, forbidden, large, weights)
+        ctx.sizes = sizes
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        projected, key, pos_key, padding, forbidden, large, weights = ctx.saved_tensors
+        inputs = _Inputs(projected, key, pos_key, padding, forbidden, len(weights), ctx.sizes)
+        (grad,) = grad_outputs
+        whole, uses = (None, grad.uses) if isinstance(grad, _Products) else (grad.contiguous(), [])
+        table = torch.tensor([use.numbers() for use in uses], dtype=torch.int64)
+        grad_projected = torch.empty_like(projected)
+        grad_query, grad_own_key, grad_pos_query = grad_projected.split(ctx.sizes, dim=-1)
+        grad_key = grad_own_key
+        if key is not None:
+            grad_own_key.zero_()
+            grad_key = torch.empty_like(key)
+        if pos_key is None:
+            grad_pos_query.zero_()
+        grad_pos_key = None if pos_key is None else torch.empty_like(pos_key)
+        grads = [grad_query, grad_key, grad_pos_query, grad_pos_key]
+        steps = [*_steps(grad_query), *_steps(grad_key)]
+        _weights_gradient(
+            weights, whole, table, len(uses), *inputs.arrays(), large, *grads, *inputs.numbers(), *steps, SCORE_PENALTY
+        )
+        return grad_projected, None if key is None else grad_key, grad_pos_key, None, None, None, None, None
+
+
+class _Averages(torch.autograd.Function):
+    """Averages by kernels, which read and write sequences in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, values)
+        averages = values.new_empty(values.shape)
+        heads, utterances, frames, _ = weights.shape
+        channels = values.shape[-1] // heads
+        _averages(weights, values, averages, heads, utterances, frames, channels, *_steps(values))
+        return averages
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor]:
+        weights, values = ctx.saved_tensors
+        grad = grad_outputs[0].contiguous()
+        grad_values = torch.empty_like(grad)
+        heads, utterances, frames, _ = weights.shape
+        channels = values.shape[-1] // heads
+        _averages_gradient(weights, grad, grad_values, heads, utterances, frames, channels, *_steps(grad))
+        if not ctx.needs_input_grad[0]:
+            return None, grad_values
+        return _Products(weights.shape, [_Use(grad, values, 0, heads)]), grad_values
+
+
+def averaged(weights: Tensor, values: Tensor) -> Tensor:
+    """Averages over sources of each head's share of the channels: (H, N, T, T) and (T, N, E) to (T, N, E)."""
+    by_head = values.unflatten(-1, (weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
+    if native.suits(weights, values):
+        assert weights.shape == (*by_head.shape[:3], by_head.shape[2])
+        return _Averages.apply(weights.contiguous(), values)
+    return torch.matmul(weights, by_head).permute(2, 1, 0, 3).flatten(2)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Of attention weights, for averages by some heads."""
+
+    grad: Tensor
+    """gradient of the averages, (T, N, E)"""
+    values: Tensor
+    """(T, N, E)"""
+    first: int
+    heads: int
+
+    def numbers(self) -> list[int]:
+        """As the kernel takes it."""
+        arrays = [self.grad.data_ptr(), self.values.data_ptr()]
+        channels = self.grad.shape[-1] // self.heads
+        return [*arrays, self.first, self.heads, channels, *_steps(self.grad), *_steps(self.values)]
+
+
+class _Products(Tensor):
+    """The gradient of attention weights (H, N, T, T), kept as what it is the product of: far smaller arrays.
+
+    The gradient of each use would else be written, added to the others and read again, and no array of a layer is as
+    large. `_Weights` computes their sum a few rows at a time; any other operation has it computed as a whole.
+    """
+
+    uses: list[_Use]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], uses: list[_Use]) -> _Products:
+        kind = uses[0].grad
+        products = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=kind.device)
+        products.uses = uses
+        return products
+
+    def whole(self) -> Tensor:
+        """As a plain tensor."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for use in self.uses:
+            grad, values = (x.unflatten(-1, (use.heads, -1)).permute(2, 1, 0, 3) for x in (use.grad, use.values))
+            total[use.first : use.first + use.heads] += torch.matmul(grad, values.transpose(2, 3))
+        return total
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        operation = func.overloadpacket
+        if operation is torch.ops.aten.add and not kwargs and all(isinstance(x, _Products) for x in args):
+            return _Products(args[0].shape, [use for x in args for use in x.uses])
+        if operation is torch.ops.aten.slice_backward:  # of weights[:1], say
+            grad, shape, dim, start, _, step = args
+            if dim == 0 and step == 1 and start >= 0:
+                return _Products(shape, [replace(use, first=use.first + start) for use in grad.uses])
+        args, kwargs = tree_map_only(_Products, _Products.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class AttentionWeights(ScheduledModule):
     """Multi-head attention weights with relative positions; the weights of a layer serve all its attention modules.
 
@@ -141,18 +331,32 @@ class AttentionWeights(ScheduledModule):
             (H, N, T, T), rows sum to one over sources.
         """
 
+        sizes = (self.query_dim, self.query_dim, self.pos_query_dim)
+        projected = self.in_proj(x)
+        query, own_key, pos_query = projected.split(sizes, dim=-1)
+        key = self.whiten_keys(self.balance_keys(own_key))
+        pos_key = None
+        if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
+            pos_key = self.linear_pos(pos_emb[0])  # (2T - 1, H * c)
+        penalised = self.training and random.random() < self.penalty_prob
+        if native.suits(projected, key, pos_key):
+            frames, utterances, _ = x.shape
+            assert pos_key is None or len(pos_key) == 2 * frames - 1
+            padding = None if key_padding_mask is None else key_padding_mask.expand(utterances, frames).contiguous()
+            forbidden = None if attn_mask is None else attn_mask.contiguous().expand(utterances, frames, frames)
+            other_key = None if key is own_key else key
+            return _Weights.apply(projected, other_key, pos_key, padding, forbidden, self.num_heads, sizes, penalised)
+
         def per_head(y: Tensor) -> Tensor:  # (T, N, H * c) to (H, N, T, c)
             return y.unflatten(-1, (self.num_heads, -1)).permute(2, 1, 0, 3)
 
-        query, key, pos_query = self.in_proj(x).split([self.query_dim, self.query_dim, self.pos_query_dim], dim=-1)
-        key = self.whiten_keys(self.balance_keys(key))
         scores = torch.matmul(per_head(query), per_head(key).transpose(2, 3))
-        if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
-            pos_key = self.linear_pos(pos_emb[0]).unflatten(-1, (self.num_heads, -1))  # (2T - 1, H, c)
-            by_offset = torch.matmul(per_head(pos_query), pos_key.permute(1, 2, 0)[:, None])  # (H, N, T, 2T - 1)
+        if pos_key is not None:
+            by_head = pos_key.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, c, 2T - 1)
+            by_offset = torch.matmul(per_head(pos_query), by_head[:, None])  # (H, N, T, 2T - 1)
             scores += _AlignOffsets.apply(by_offset)
-        if self.training and random.random() < self.penalty_prob:
-            scores = penalise_large_values(scores, limit=25.0, penalty=1e-4).clone()  # no view, so it can be filled
+        if penalised:
+            scores = penalise_large_values(scores, SCORE_LIMIT, SCORE_PENALTY).clone()  # no view, so it can be filled
         if attn_mask is not None:
             scores.masked_fill_(attn_mask, MASKED_SCORE)
         if key_padding_mask is not None:
@@ -179,9 +383,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:
         """(T, N, C) and (H, N, T, T) to (T, N, C)."""
-        values = self.in_proj(x).unflatten(-1, (self.num_heads, -1)).permute(2, 1, 0, 3)  # (H, N, T, c)
-        averages = torch.matmul(attn_weights, values).permute(2, 1, 0, 3).flatten(2)  # (T, N, H * c)
-        return self.whiten(self.out_proj(averages))
+        return self.whiten(self.out_proj(averaged(attn_weights, self.in_proj(x))))
 
 
 class NonlinAttention(nn.Module):
@@ -212,9 +414,7 @@ class NonlinAttention(nn.Module):
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         z = tanh_gated(self.whiten1(v), self.balancer(s))
         with computed_again(z, partial(tanh_gated, v.detach(), s.detach())):
-            by_head = z.unflatten(-1, (attn_weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
-            averages = torch.matmul(attn_weights, by_head)
-        z = averages.permute(2, 1, 0, 3).flatten(2)  # (T, N, E)
+            z = averaged(attn_weights, z)  # (T, N, E)
         product = z * y
         with computed_again(product, partial(torch.mul, z.detach(), y.detach())):
             return self.whiten2(self.out_proj(product))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zipformer_crctc.activations import Bypass
 from zipformer_crctc.attention import RelativePositions
-from zipformer_crctc.layers import Bypass, EncoderLayer, LayerSizes
+from zipformer_crctc.layers import EncoderLayer, LayerSizes
 from zipformer_crctc.schedule import Schedule
 
 
@@ -49,15 +49,6 @@ def repeat_last(x: Tensor, lengths: Tensor, frames: int) -> Tensor:
     """(T, N, C) to (frames, N, C): each utterance up to its length in lengths (N,), then its last frame again."""
     time = torch.arange(frames, device=x.device)[:, None].minimum(lengths - 1)  # (frames, N)
     return x[time, torch.arange(x.shape[1], device=x.device)]
-
-
-def upsample(x: Tensor, factor: int) -> Tensor:
-    """Repeat each frame: (T, N, C) to (T * factor, N, C)."""
-    return x.repeat_interleave(factor, dim=0)
-
-
-def _upsampled(x: Tensor, factor: int, frames: int) -> Tensor:
-    return upsample(x, factor)[:frames]
 
 
 class Stack(nn.Module):
@@ -131,8 +122,7 @@ class DownsampledStack(nn.Module):
         low = self.downsample(x, lengths)
         ends = None if lengths is None else (lengths + self.factor - 1) // self.factor
         y = self.encoder(low, chunk_size, feature_mask, attn_mask, key_padding_mask, ends)
-        upsampled = partial(_upsampled, y.detach(), self.factor, x.shape[0])
-        return self.out_combiner(x, _upsampled(y, self.factor, x.shape[0]), upsampled)
+        return self.out_combiner(x, y, self.factor)
 
 
 def chunk_attention_mask(frames: int, chunk_size: int, left_chunks: int, device: torch.device | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc import activations, attention, encoder, features, frontend, layers
+from zipformer_crctc import activations, attention, encoder, features, frontend, layers, native
 from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT
 from zipformer_crctc.model import CtcModel
 from zipformer_crctc.recogniser import with_silence
@@ -89,9 +89,29 @@ class FbankGraph(nn.Module):
         return torch.matmul(power, self.mel).clamp(min=features.FLOOR).log()
 
 
-def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
-    wide = x.float()
+def _swoosh(x: Tensor, kind: tuple[float, float]) -> Tensor:
+    (shift, offset), wide = kind, x.float()
     return (F.softplus(wide - shift) - 0.08 * wide - offset).to(x.dtype)
+
+
+def _swoosh_linear(x: Tensor, mask: None, weight: Tensor, bias: Tensor | None, kind: tuple[float, float]) -> Tensor:
+    return F.linear(_swoosh(x, kind), weight, bias)
+
+
+def _gated(x: Tensor, gate: Tensor, kind: str, padding: Tensor | None) -> Tensor:
+    y = x * activations._OPENINGS[kind][0](gate)
+    return y if padding is None else y.masked_fill(padding.t()[:, :, None], 0.0)
+
+
+def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, original: Tensor | None, scale: Tensor | None) -> Tensor:
+    wide = x.float()
+    inverse_rms = (wide - bias).square().mean(-1, keepdim=True).rsqrt()
+    y = (wide * (inverse_rms * log_scale.exp())).to(x.dtype)
+    return y if original is None or scale is None else original + (y - original) * scale
+
+
+def _bypass(original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
+    return original + (activations._repeated(x, repeat, original.shape[0]) - original) * scale
 
 
 def _positions(module: attention.RelativePositions, x: Tensor, left_context: int = 0) -> Tensor:
@@ -159,11 +179,14 @@ def exportable_operations() -> Iterator[None]:
     """Within this context the model computes the same, in evaluation mode, by operations that graphs can hold."""
     replaced = [
         (activations._Swoosh, "apply", _swoosh),
-        (activations._Gated, "apply", lambda x, gate, kind: x * activations._OPENINGS[kind][0](gate)),
+        (activations._SwooshLinear, "apply", _swoosh_linear),
+        (activations._Gated, "apply", _gated),
+        (activations._BiasNormFunction, "apply", _bias_norm),
+        (activations._BypassFunction, "apply", _bypass),
         (attention.RelativePositions, "forward", _positions),
         (attention._AlignOffsets, "apply", _align_offsets),
         (encoder.Downsample, "forward", _downsample),
-        (encoder, "upsample", _upsample),
+        (activations, "upsample", _upsample),
         (frontend, "check_lengths", lambda features, num_frames: None),
         (frontend, "in_parts", lambda image, hidden_channels: [image]),
         (layers, "depthwise_conv", _depthwise_conv),
@@ -171,6 +194,7 @@ def exportable_operations() -> Iterator[None]:
         (Tensor, "unflatten", _unflatten),
     ]
     with ExitStack() as stack:
+        stack.enter_context(native.disabled())
         for owner, name, equal in replaced:
             stack.enter_context(mock.patch.object(owner, name, equal))
         yield

@@ -13,7 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, SwooshR, computed_again, for_two, swoosh_l, swoosh_r
+from zipformer_crctc.activations import (
+    SWOOSH_L,
+    BiasNorm,
+    SharedDropout,
+    SwooshR,
+    computed_again,
+    swoosh_linear,
+    swoosh_r,
+)
+from zipformer_crctc.convolution import depthwise_conv2d
 from zipformer_crctc.products import Linear, linear
 from zipformer_crctc.regularisers import Balancer, Parts, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
@@ -85,7 +94,7 @@ class ConvNeXt(ScheduledModule):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
         inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        narrow = self.depthwise_conv(inner)
+        narrow = depthwise_conv2d(inner, self.depthwise_conv)
         parts = Parts()
         images = in_parts(narrow, self.hidden_channels)
         residual = torch.cat([self._pointwise(image, parts) for image in images])
@@ -98,11 +107,11 @@ class ConvNeXt(ScheduledModule):
     def _pointwise(self, narrow: Tensor, parts: Parts) -> Tensor:
         """Both pointwise convolutions of some utterances. Neither the hidden image is kept nor its activation."""
         hidden = self.pointwise_conv1(narrow)
-        hidden_again = for_two(partial(self.pointwise_conv1, narrow.detach()))
-        with computed_again(hidden, hidden_again):
-            active = swoosh_l(self.hidden_balancer(hidden, parts))
-        with computed_again(active, lambda: swoosh_l(hidden_again())):
-            return self.pointwise_conv2(active)
+        with computed_again(hidden, partial(self.pointwise_conv1, narrow.detach())):
+            balanced = self.hidden_balancer(hidden, parts)
+            rows = balanced.permute(0, 2, 3, 1)  # (N, T', F', hidden channels)
+            last = self.pointwise_conv2
+            return swoosh_linear(rows, last.weight.flatten(1), last.bias, SWOOSH_L).permute(0, 3, 1, 2)
 
 
 class Conv2dSubsampling(nn.Module):

@@ -1,4 +1,4 @@
-"""The encoder layer and its parts that do not attend: feed-forward, convolution, bypass.
+"""The encoder layer and its parts that do not attend: feed-forward and convolution.
 
 T frames, N utterances, C channels; sequences are (T, N, C).
 Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
@@ -7,7 +7,7 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import BiasNorm, SharedDropout, computed_again, for_two, gated, swoosh_l, swoosh_r
+from zipformer_crctc.activations import (
+    SWOOSH_L,
+    SWOOSH_R,
+    BiasNorm,
+    Bypass,
+    SharedDropout,
+    computed_again,
+    gated,
+    keep_mask,
+    swoosh_linear,
+)
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
+from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
-from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter
+from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 CHEAP_CHANNELS = 256
@@ -51,37 +62,11 @@ class FeedForward(nn.Module):
         """(T, N, C) to the same shape."""
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
-
-        def activate(hidden: Tensor) -> Tensor:
-            return swoosh_l(hidden) if mask is None else swoosh_l(hidden) * mask
-
-        hidden_again: Callable[[], Tensor]
-        if x.shape[-1] <= CHEAP_CHANNELS:
-            hidden_again = for_two(partial(self.in_proj, x.detach()))
-            with computed_again(hidden, hidden_again):
-                active = activate(self.hidden_balancer(hidden))
-        else:
-            hidden_again = partial(_itself, hidden.detach())
-            active = activate(self.hidden_balancer(hidden))
-        with computed_again(active, lambda: activate(hidden_again())):
-            y = self.out_proj(active)
+        cheap = x.shape[-1] <= CHEAP_CHANNELS
+        with computed_again(hidden, partial(self.in_proj, x.detach())) if cheap else nullcontext():
+            balanced = self.hidden_balancer(hidden)
+            y = swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask)
         return self.out_whiten(y)
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Depthwise convolution over the first axis of (T, N, C), with the weights, bias and padding of `conv`.
-
-    The sequence is, as it lies in memory, an image of T rows, N columns and C channels in channels-last order, for
-    which convolution kernels are several times faster than for (N, C, T).
-    """
-    image = x.permute(2, 0, 1)[None]
-    padding = (conv.padding[0], 0)
-    y = F.conv2d(image, conv.weight[..., None], conv.bias, padding=padding, groups=conv.groups)  # type: ignore[arg-type]
-    return y[0].permute(1, 2, 0)
 
 
 class ChunkCausalConv(nn.Module):
@@ -183,57 +168,14 @@ class ConvModule(nn.Module):
     ) -> Tensor:
         """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
         v, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = _without(gated(v, self.balancer1(gate)), key_padding_mask)
-        v, gate = v.detach(), gate.detach()
-        with computed_again(u, lambda: _without(gated(v, gate), key_padding_mask)):
+        u = gated(v, self.balancer1(gate), key_padding_mask)
+        with computed_again(u, partial(gated, v.detach(), gate.detach(), key_padding_mask)):
             if isinstance(self.depthwise_conv, ChunkCausalConv):
                 u = self.depthwise_conv(u, chunk_size, lengths)
             else:
                 u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
-        active = swoosh_r(u)
-        with computed_again(active, partial(swoosh_r, u.detach())):
-            return self.out_proj(active)
-
-
-def _without(u: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """u of (T, N, C) with zeros at padding, written into it."""
-    return u if key_padding_mask is None else u.masked_fill_(key_padding_mask.t()[:, :, None], 0.0)
-
-
-class Bypass(ScheduledModule):
-    """original + (x - original) * scale, a learnt scale per channel; in training some utterances bypass x wholly.
-
-    Args:
-        embed_dim: C.
-        skip_rate: probability that an utterance gets the original.
-    """
-
-    def __init__(self, embed_dim: int, skip_rate: float | Schedule = 0.0) -> None:
-        super().__init__()
-        self.bypass_scale = nn.Parameter(torch.full((embed_dim,), 0.5))
-        self.skip_rate = skip_rate
-        self.scale_min = Schedule((0, 0.9), (20000, 0.2))
-
-    def forward(self, original: Tensor, x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
-        """(T, N, C) twice to (T, N, C); again gives x anew, which is then not kept for the backward pass."""
-        scale: Tensor = self.bypass_scale
-        if self.training:
-            scale = limit_parameter(scale, self.value(self.scale_min), 1.0)
-            skip_rate = self.value(self.skip_rate)
-            if skip_rate > 0.0:
-                scale = scale * _keep_mask(x, skip_rate)
-        difference = x - original
-        if again is None:
-            return original + difference * scale
-        kept = original.detach()
-        with computed_again(difference, lambda: again() - kept):
-            return original + difference * scale
-
-
-def _keep_mask(x: Tensor, skip_rate: float) -> Tensor:
-    """(N, 1) of ones and, with the given probability, zeros, for a sequence x of (T, N, C)."""
-    return (torch.rand((x.shape[1], 1), device=x.device) >= skip_rate).to(x.dtype)
+        return swoosh_linear(u, self.out_proj.weight, self.out_proj.bias, SWOOSH_R)
 
 
 @dataclass(frozen=True)
@@ -343,14 +285,13 @@ class EncoderLayer(ScheduledModule):
         x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
         x = _add(x, self.balancer_ff3(self.feed_forward3(x)), self._skip_mask(x, self.ff3_skip_rate))
         x = self.balancer1(x)
-        normalised_again = partial(self.norm.values, x.detach(), self.norm.log_scale)
-        x = self.bypass(original, self.norm(x), normalised_again)
+        x = self.norm(x, (original, self.bypass))
         return self.whiten(self.balancer2(x))
 
     def _skip_mask(self, x: Tensor, schedule: Schedule) -> Tensor | None:
         """Which utterances keep a module's output, or None where all do."""
         rate = self.value(schedule) if self.training else 0.0
-        return _keep_mask(x, rate) if rate > 0.0 else None
+        return keep_mask(x, rate) if rate > 0.0 else None
 
 
 def _add(x: Tensor, update: Tensor, mask: Tensor | None) -> Tensor:

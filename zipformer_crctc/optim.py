@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from zipformer_crctc import native
+from zipformer_crctc.paramstacks import Kernels, Stack, stacks_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,41 +27,6 @@ EARLY_THRESHOLD_STEPS = (10, 20, 40)
 
 STACK_CHUNK_BYTES = 256 * 2**20
 """On an accelerator, stacks are updated together up to this size; on a CPU one by one, which suits its caches."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Parameters of one group with equal dtype and shape, updated as one tensor; the state lives under the first."""
-
-    params: list[Tensor]
-
-    @property
-    def first(self) -> Tensor:
-        return self.params[0]
-
-    @property
-    def is_scalar(self) -> bool:
-        """One element per parameter, whatever the number of axes."""
-        return self.first.numel() == 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(B, *shape of one parameter)"""
-        return (len(self.params), *self.first.shape)
-
-    @property
-    def small_shape(self) -> tuple[int, ...]:
-        """(B, 1, ..., 1): shape of a quantity with one value per parameter."""
-        return (len(self.params), *(1 for _ in self.first.shape))
-
-    def values(self) -> Tensor:
-        """The parameters as (B, ...); a view where there is only one."""
-        return self.first.unsqueeze(0) if len(self.params) == 1 else torch.stack(self.params)
-
-    def grads(self) -> Tensor:
-        """The gradients as (B, ...), a missing one as zero; a view where there is only one: do not write to it."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
 
 
 class ScaledAdam(Optimizer):
@@ -128,7 +95,7 @@ class ScaledAdam(Optimizer):
             group["params"] = [p for _, p in named]
             self._names.update((id(p), name) for name, p in named)
         super().add_param_group(group)
-        self._stacks.append(_stack(self.param_groups[-1]["params"]))
+        self._stacks.append(stacks_of(self.param_groups[-1]["params"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, published ones included.
@@ -150,17 +117,24 @@ class ScaledAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._create_missing_state()
-        self.clip_factors = self._clip_factors()
-        for group, stacks, factor in zip(self.param_groups, self._stacks, self.clip_factors, strict=True):
-            scalars = [stack for stack in stacks if stack.is_scalar]
-            tensors = [stack for stack in stacks if not stack.is_scalar]
-            for stack in scalars:
-                self._update_scalars(group, stack, factor)
-            for chunk in _chunks(tensors):
-                self._update_tensors(group, chunk, factor)
+        kernels = [self._kernels(*of_group) for of_group in zip(self.param_groups, self._stacks, strict=True)]
+        self.clip_factors = self._clip_factors(kernels)
+        for index, factor in enumerate(self.clip_factors):
+            group, stacks, kernel = self.param_groups[index], self._stacks[index], kernels[index]
+            if kernel is not None:
+                kernel.update(self.state[stacks[0].first]["step"], factor)
+            else:
+                self._update(group, stacks, factor)
             for stack in stacks:
                 self.state[stack.first]["step"] += 1
         return loss
+
+    def _kernels(self, group: dict[str, Any], stacks: Sequence[Stack]) -> Kernels | None:
+        """Of a group; None where PyTorch does the work."""
+        if not stacks or not native.suits():
+            return None
+        kernels = Kernels(group, stacks, [self.state[stack.first] for stack in stacks])
+        return kernels if kernels.suit() else None
 
     # State
 
@@ -208,12 +182,13 @@ class ScaledAdam(Optimizer):
 
     # Clipping
 
-    def _clip_factors(self) -> list[float]:
+    def _clip_factors(self, kernels: Sequence[Kernels | None]) -> list[float]:
         """Factor on the gradients of each group. One transfer from the device, whatever the number of groups."""
         norms: dict[int, tuple[Tensor, Tensor]] = {}
         for index, (group, stacks) in enumerate(zip(self.param_groups, self._stacks, strict=True)):
             if group["clipping_scale"] is not None and stacks and self.state[stacks[0].first]["step"] > 0:
-                parts = self._weighted_norms(group, stacks)
+                kernel = kernels[index]
+                parts = self._weighted_norms(group, stacks) if kernel is None else kernel.norms()
                 norms[index] = (parts, torch.linalg.vector_norm(parts))
         factors = [1.0] * len(self.param_groups)
         if not norms:
@@ -306,6 +281,14 @@ class ScaledAdam(Optimizer):
 
     # Updates
 
+    def _update(self, group: dict[str, Any], stacks: Sequence[Stack], factor: float) -> None:
+        scalars = [stack for stack in stacks if stack.is_scalar]
+        tensors = [stack for stack in stacks if not stack.is_scalar]
+        for stack in scalars:
+            self._update_scalars(group, stack, factor)
+        for chunk in _chunks(tensors):
+            self._update_tensors(group, chunk, factor)
+
     def _update_tensors(self, group: dict[str, Any], stacks: Sequence[Stack], factor: float) -> None:
         """All stacks advance together, so that a few fused calls cover many tensors."""
         beta1, beta2 = group["betas"]
@@ -358,14 +341,6 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     if isinstance(items[0], dict):
         return items
     return [{"named_params": items}] if isinstance(items[0], tuple) else [{"params": items}]
-
-
-def _stack(params: Sequence[Tensor]) -> list[Stack]:
-    """Parameters of equal dtype and shape together, sorted by (dtype, shape), scalars first."""
-    by_key: dict[tuple[Any, ...], list[Tensor]] = {}
-    for p in params:
-        by_key.setdefault((str(p.dtype), *p.shape), []).append(p)
-    return [Stack(by_key[key]) for key in sorted(by_key)]
 
 
 def _chunks(stacks: Sequence[Stack]) -> Iterable[list[Stack]]:

@@ -1,12 +1,14 @@
 """Linear layers through the fastest matrix product that the machine has.
 
 For float32 PyTorch calls MKL, which uses AVX-512 on processors of one maker only. oneDNN, which PyTorch holds too, uses
-it wherever it is there, and takes half the time then. `_suits_onednn` chooses; results differ by rounding only.
+it wherever it is there, and takes half the time from Zen 5 on. `_suits_onednn` chooses; results differ by rounding.
 R rows, I and O channels.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,18 @@ def _has_onednn() -> bool:
     return known and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def _is_slow_with_mkl() -> bool:
+    """An AMD processor from Zen 5 (family 26) on: twice as fast with AVX-512, which those before it are not."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    family = re.search(r"^cpu family\s*: (\d+)$", info, re.MULTILINE)
+    return "AuthenticAMD" in info and family is not None and int(family[1]) >= 26
+
+
 HAS_ONEDNN = _has_onednn()
+USE_ONEDNN = HAS_ONEDNN and _is_slow_with_mkl()
 
 
 class Linear(nn.Linear):
@@ -51,7 +64,7 @@ def over_rows(a: Tensor, b: Tensor) -> Tensor:
 def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
     """size: the channels of the product that x has not."""
     return (
-        HAS_ONEDNN
+        USE_ONEDNN
         # What is exported runs elsewhere.
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and bool(torch.backends.mkldnn.enabled)
@@ -72,14 +85,27 @@ class _OnednnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, weight.shape[0])  # (R, O)
-        rows = _to_grid(grad)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _onednn(rows, weight.t())[: len(grad)].view(x.shape) if needs_x else None,
-            _onednn_over_rows(rows, _to_grid(x.reshape(-1, x.shape[-1]))) if needs_weight else None,
-            grad.sum(dim=0) if needs_bias else None,
-        )
+        grad, y = grad_outputs[0], x if needs_weight else None
+        grad_x = grad_of_input(grad, weight) if needs_x else None
+        return grad_x, *grads_of_parameters(grad, y, weight, needs_bias)
+
+
+def grad_of_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the input of `linear` from that of its output: (..., O) and (O, I) to (..., I)."""
+    rows = grad.reshape(-1, weight.shape[0])
+    if _suits_onednn(rows, weight, weight.shape[1]):
+        return _onednn(_to_grid(rows), weight.t())[: len(rows)].view(*grad.shape[:-1], -1)
+    return torch.mm(rows, weight.to(rows.dtype)).view(*grad.shape[:-1], -1)
+
+
+def grads_of_parameters(
+    grad: Tensor, x: Tensor | None, weight: Tensor, with_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the weight and of the bias of `linear`, from that of its output and its input, where given."""
+    rows = grad.reshape(-1, weight.shape[0])
+    of_weight = None if x is None else over_rows(rows, x.reshape(-1, weight.shape[1]).to(rows.dtype)).to(weight.dtype)
+    return of_weight, rows.sum(dim=0).to(weight.dtype) if with_bias else None
 
 
 def missing_to_grid(size: int) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc import native
+from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import linear, over_rows
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -32,6 +34,21 @@ def _mean_over_std(positive_share: float) -> float:
     return 0.8139535143 * 0.5 * (math.log(1.0 + y + eps) - math.log(1.0 - y + eps))
 
 
+_moments_kernel = Kernel("moments", "pppiii")
+_balance_kernel = Kernel("balance", "ppppppiiiii")
+
+
+def _rows(x: Tensor, dim: int) -> Tensor | None:
+    """x as (R, C) for the kernels, its channels from axis `dim`; None where that is not how it lies in memory."""
+    last = x.movedim(dim, -1)
+    if not native.suits(last):
+        return None
+    try:
+        return last.view(-1, last.shape[-1])
+    except RuntimeError:
+        return None
+
+
 @dataclass(frozen=True)
 class _Moments:
     """Of the channels of an array or of a part of it, in the shape that broadcasts over it."""
@@ -45,6 +62,12 @@ class _Moments:
     def of(x: Tensor, dim: int) -> _Moments:
         others = [axis for axis in range(x.dim()) if axis != dim % x.dim()]
         count = x.numel() // x.shape[dim]
+        if (rows := _rows(x, dim)) is not None:
+            mean, variance = x.new_empty(2, rows.shape[1])
+            _moments_kernel(rows, mean, variance, *rows.shape, rows.stride(0))
+            shape = [1] * x.dim()
+            shape[dim] = -1
+            return _Moments(count, mean.view(shape), variance.view(shape))
         mean = x.mean(others, keepdim=True)
         # A difference of sums of squares would cancel where a channel hardly varies.
         return _Moments(count, mean, torch.linalg.vector_norm(x - mean, dim=others, keepdim=True).square() / count)
@@ -107,7 +130,18 @@ class _BalancerFunction(torch.autograd.Function):
         rms_of_g = torch.hypot(constant, slope * variance.sqrt())
         # A channel within its limits, or all zero, is left alone.
         factor = torch.where(rms_of_g > 1e-20, ctx.scale / rms_of_g, 0.0)
-        push = torch.addcmul(constant * factor, slope * factor, x - mean)
+        constant, slope = constant * factor, slope * factor
+        rows, grads = _rows(x, ctx.dim), _rows(grad, ctx.dim)
+        if rows is not None and grads is not None:
+            result = torch.empty_like(grad)
+            results = _rows(result, ctx.dim)
+            assert results is not None
+            _balance_kernel(
+                *(rows, constant, slope, mean, grads, results),
+                *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0)),
+            )
+            return result, None, None, None, None
+        push = torch.addcmul(constant, slope, x - mean)
         wide_grad = at_least_float32(grad)
         return torch.addcmul(wide_grad, wide_grad.abs(), push).to(grad.dtype), None, None, None, None
 

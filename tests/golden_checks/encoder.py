@@ -125,7 +125,7 @@ def check_positions(path: Path) -> list[Comparison]:
 def check_sampling(path: Path) -> list[Comparison]:
     def run(module: nn.Module, inputs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
         if "upsample" in settings:
-            return {"y": encoder.upsample(inputs["x"], settings["upsample"])}
+            return {"y": activations.upsample(inputs["x"], settings["upsample"])}
         return {"y": module(inputs["x"])}
 
     def build(args: Mapping[str, Any]) -> nn.Module:

@@ -1,0 +1,215 @@
+"""The C kernels: how they are built, and that each gives what PyTorch's operations give."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from zipformer_crctc import native
+from zipformer_crctc.activations import SWOOSH_L, SWOOSH_R, BiasNorm, Bypass, gated, swoosh_l, swoosh_linear, tanh_gated
+from zipformer_crctc.model import build_model
+from zipformer_crctc.presets import tiny
+from zipformer_crctc.regularisers import Balancer
+from zipformer_crctc.schedule import set_batch_count
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_kernels = pytest.mark.skipif(
+    not native.suits(torch.zeros(1)), reason="no C compiler, or kernels are switched off"
+)
+
+T, N, C = 13, 3, 37
+Compute = Callable[[list[Tensor]], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def assert_same(compute: Compute, inputs: list[Tensor], tolerance: float = 1e-5) -> None:
+    """Outputs and gradients of the kernels are those of PyTorch's operations in float64."""
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        random.seed(1)
+        torch.manual_seed(1)
+        y = compute(given)
+        torch.manual_seed(2)
+        return [y, *torch.autograd.grad(y, given, torch.randn(y.shape).to(dtype))]
+
+    for found, want in zip(results(torch.float32), results(torch.float64), strict=True):
+        assert torch.allclose(found.double(), want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [SWOOSH_L, SWOOSH_R])
+@pytest.mark.parametrize("masked", [False, True])
+def test_swoosh_before_a_linear_layer(kind: tuple[float, float], masked: bool) -> None:
+    mask = (torch.rand(1, N, C) > 0.3).float() / 0.7 if masked else None
+
+    def compute(given: list[Tensor]) -> Tensor:
+        x, weight, bias = given
+        return swoosh_linear(x, weight, bias, kind, None if mask is None else mask.to(x.dtype))
+
+    assert_same(compute, [8 * torch.randn(T, N, C), torch.randn(5, C), torch.randn(5)])
+
+
+@needs_kernels
+def test_swoosh_far_from_zero_and_of_images() -> None:
+    x = torch.tensor([[-1e5, -200.0, -88.0, -20.0, 0.0, 1.0, 4.0, 20.0, 88.0, 200.0, 1e5]])
+    assert_same(lambda given: swoosh_l(given[0]), [x])
+    image = torch.randn(2, 5, 6, 7).contiguous(memory_format=torch.channels_last)
+    assert swoosh_l(image).is_contiguous(memory_format=torch.channels_last)
+    assert_same(lambda given: swoosh_l(given[0]), [image])
+
+
+@needs_kernels
+@pytest.mark.parametrize("padded", [False, True])
+def test_gates(padded: bool) -> None:
+    """Halves of one array, as a layer's projection gives them; the padding of a slower frame rate is a strided view."""
+    padding = torch.rand(N, 2 * T)[:, ::2] > 0.7 if padded else None
+    inputs = [4 * torch.randn(T, N, 2 * C)]
+
+    def halves(given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        x, gate = given[0].chunk(2, dim=-1)
+        return x, gate
+
+    assert_same(lambda given: gated(*halves(given), padding=padding), inputs)
+    if not padded:
+        assert_same(lambda given: tanh_gated(*halves(given)), inputs)
+
+
+def module_of(given: list[Tensor], module: BiasNorm | Bypass) -> None:
+    """Put tensors in place of a module's parameters."""
+    for (name, _), value in zip(list(module.named_parameters()), given, strict=True):
+        delattr(module, name)
+        setattr(module, name, value)
+
+
+@needs_kernels
+@pytest.mark.parametrize("skipped", [0.0, 0.5])
+def test_norm_alone_and_with_a_bypass(skipped: float) -> None:
+    def alone(given: list[Tensor]) -> Tensor:
+        norm = BiasNorm(C)
+        module_of(given[1:3], norm)
+        return norm(given[0])
+
+    def with_bypass(given: list[Tensor]) -> Tensor:
+        norm, bypass = BiasNorm(C), Bypass(C, skip_rate=skipped)
+        module_of(given[1:3], norm)
+        module_of(given[3:4], bypass)
+        return norm(given[0], (given[4], bypass))
+
+    inputs = [torch.randn(T, N, C), torch.tensor(0.3), torch.randn(C)]
+    assert_same(alone, inputs)
+    assert_same(with_bypass, [*inputs, torch.rand(C), torch.randn(T, N, C)])
+
+
+@needs_kernels
+@pytest.mark.parametrize("repeat", [1, 2, 4])
+@pytest.mark.parametrize("skipped", [0.0, 0.5])
+def test_bypass(repeat: int, skipped: float) -> None:
+    def compute(given: list[Tensor]) -> Tensor:
+        bypass = Bypass(C, skip_rate=skipped)
+        module_of(given[2:], bypass)
+        return bypass(given[0], given[1], repeat)
+
+    assert_same(compute, [torch.randn(T, N, C), torch.randn(-(-T // repeat), N, C), torch.rand(C)])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_balancer(dim: int) -> None:
+    """Of channels out of every limit, in a part of a wider array and in an image."""
+    scales = torch.logspace(-3, 2, C)
+    x = torch.randn(T, N, 2 * C) * scales.repeat(2) + scales.repeat(2) if dim == -1 else torch.randn(2, C, 5, 7)
+
+    def compute(given: list[Tensor]) -> Tensor:
+        balancer = Balancer(dim, min_positive=0.4, max_positive=0.6, min_abs=0.5, max_abs=2.0, prob=1.0)
+        part = given[0][..., :C] if dim == -1 else given[0].contiguous(memory_format=torch.channels_last)
+        return balancer(part) * 1.0
+
+    assert_same(compute, [x])
+
+
+@needs_kernels
+def test_a_model_is_the_same_without_kernels() -> None:
+    """All regularisers included; large steps of a random model would show any difference."""
+    model = build_model(tiny().model, 12).train()
+    set_batch_count(model, 20_000.0)
+    features, num_frames = torch.randn(3, 77, 80), torch.tensor([77, 70, 61])
+
+    def gradients() -> list[Tensor]:
+        random.seed(0)
+        torch.manual_seed(0)
+        log_probs, _ = model(features, num_frames)
+        grads = torch.autograd.grad(log_probs.square().mean(), list(model.parameters()), allow_unused=True)
+        return [log_probs, *(grad for grad in grads if grad is not None)]
+
+    found = gradients()
+    with native.disabled():
+        want = gradients()
+    largest = max(float(b.norm()) for b in want[1:])
+    for a, b in zip(found, want, strict=True):
+        assert float((a - b).norm()) < 2e-3 * max(float(b.norm()), 1e-3 * largest)
+
+
+@needs_kernels
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    norm, x, original = BiasNorm(64), torch.randn(200, 4, 64), torch.randn(200, 4, 64)
+    bypass, given, before = Bypass(64), x.requires_grad_(), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = norm(given, (original, bypass))
+            found.append(torch.autograd.grad((y**3).sum(), [x, norm.bias, bypass.bypass_scale]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+SUITS = "import torch; from zipformer_crctc import native; print(native.suits(torch.zeros(1)))"
+
+
+def suits_in(tmp_path: Path, code: str = SUITS, **variables: str) -> str:
+    """What a process of its own says, with a cache of its own."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **variables}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@needs_kernels
+def test_kernels_are_built_once(tmp_path: Path) -> None:
+    assert suits_in(tmp_path) == "True"
+    (built,) = tmp_path.rglob("*.so")
+    made = built.stat().st_mtime_ns
+    assert suits_in(tmp_path) == "True"
+    assert built.stat().st_mtime_ns == made and list(tmp_path.rglob("*.part")) == []
+
+
+def test_nothing_is_built_where_it_cannot_be(tmp_path: Path) -> None:
+    """Without a compiler, or where the environment says so; the reason is logged."""
+    assert suits_in(tmp_path, ZIPA_NATIVE="0") == "False"
+    logged = "import logging; logging.basicConfig(level=20, stream=__import__('sys').stdout);" + SUITS
+    said = suits_in(tmp_path, logged, PATH="/nowhere")
+    assert "no C compiler" in said and said.endswith("False")
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_what_does_not_suit() -> None:
+    assert not native.suits(torch.zeros(2, dtype=torch.float64))
+    assert not native.suits(torch.zeros(3, 2).t())
+    with native.disabled():
+        assert not native.suits(torch.zeros(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not native.suits(torch.zeros(1))

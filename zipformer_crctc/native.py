@@ -1,0 +1,142 @@
+"""C kernels for steps on a CPU: built with the machine's own compiler at first use, and never needed.
+
+Chains of element-wise operations read and write their arrays once in C, where PyTorch does so for each operation. The
+sources are in csrc. A kernel takes float32 on a CPU; for anything else, without a compiler, or with the environment
+variable ZIPA_NATIVE=0, its caller does the same by PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+FLAGS = ("-O3", "-march=native", "-fPIC", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+BUILD_SECONDS = 120
+"""A compiler that takes longer is given up."""
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+"""Types of arguments by letter: an array (or none), a number of things, a value."""
+
+_enabled = os.environ.get("ZIPA_NATIVE", "1") != "0"
+
+
+class Kernel:
+    """A function of the C sources.
+
+    Args:
+        name: its name there.
+        arguments: a letter of KINDS for each argument.
+    """
+
+    def __init__(self, name: str, arguments: str) -> None:
+        self.name = name
+        self.arguments = arguments
+        self._function: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Tensor | float | None) -> None:
+        """Run it. Arrays are tensors, which the caller has found fit by `suits`, or addresses of such."""
+        if self._function is None:
+            library = _library()
+            assert library is not None, "a kernel is called only where `suits` says so"
+            function = getattr(library, self.name)
+            function.argtypes = [KINDS[letter] for letter in self.arguments]
+            function.restype = None
+            self._function = function
+        self._function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def suits(*arrays: Tensor | None) -> bool:
+    """Whether kernels are there and take these arrays: float32, on a CPU, values of the last axis side by side."""
+
+    def fits(x: Tensor) -> bool:
+        return x.dtype is torch.float32 and x.is_cpu and (x.is_contiguous() or x.stride(-1) == 1)
+
+    return (
+        _enabled
+        and all(
+            x is None or (x.dtype is torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1) for x in arrays
+        )
+        # What is exported runs elsewhere.
+        and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        and _library() is not None
+    )
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Without kernels inside."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where that cannot be done."""
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("no C kernels, so PyTorch's operations take their place: %s", error)
+        return None
+
+
+def _built() -> Path:
+    """The shared library for this machine and these sources, from the user's cache or made now."""
+    if sys.platform != "linux":
+        raise OSError(f"not built on {sys.platform}")
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("no C compiler: install gcc for faster training on a CPU")
+    sources, openmp = sorted(SOURCES.glob("*.c")), _openmp()
+    headers = sorted(SOURCES.glob("*.h"))
+    what = [compiler, *FLAGS, openmp, _processor(), *(path.read_text(encoding="utf-8") for path in sources + headers)]
+    name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
+    path = _cache_folder() / f"{name}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        # PyTorch's own threads: a second OpenMP library would have threads of its own, and each set waits for work.
+        command = [compiler, *FLAGS, "-shared", "-o", str(temporary), *map(str, sources), openmp, "-lm"]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        if made.returncode:
+            raise OSError(f"{compiler} failed: {made.stderr.strip()[-500:]}")
+        temporary.replace(path)
+    return path
+
+
+def _openmp() -> str:
+    """The OpenMP library that PyTorch has loaded."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    loaded = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp5" in line}
+    if not loaded:
+        raise OSError("PyTorch does not use OpenMP here")
+    return sorted(loaded)[0]
+
+
+def _processor() -> str:
+    """What -march=native depends on: home folders are shared by machines of several kinds."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    kept = [line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "flags", "Features"))]
+    return "\n".join([platform.machine(), *kept])
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipformer-crctc" / "kernels"
