@@ -7,7 +7,6 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,12 +32,6 @@ from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
-CHEAP_CHANNELS = 256
-"""Up to so many channels a feed-forward module computes its hidden channels again, in place of keeping them.
-
-That takes 2 C operations for each value, and is of most use where C is small, as the first stacks have most frames.
-"""
-
 
 class FeedForward(nn.Module):
     """Two linear layers with SwooshL and time-shared dropout between.
@@ -62,11 +55,8 @@ class FeedForward(nn.Module):
         """(T, N, C) to the same shape."""
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
-        cheap = x.shape[-1] <= CHEAP_CHANNELS
-        with computed_again(hidden, partial(self.in_proj, x.detach())) if cheap else nullcontext():
-            balanced = self.hidden_balancer(hidden)
-            y = swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask)
-        return self.out_whiten(y)
+        hidden = self.hidden_balancer(hidden)
+        return self.out_whiten(swoosh_linear(hidden, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask))
 
 
 class ChunkCausalConv(nn.Module):

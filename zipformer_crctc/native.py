@@ -62,19 +62,12 @@ class Kernel:
 
 def suits(*arrays: Tensor | None) -> bool:
     """Whether kernels are there and take these arrays: float32, on a CPU, values of the last axis side by side."""
-
-    def fits(x: Tensor) -> bool:
-        return x.dtype is torch.float32 and x.is_cpu and (x.is_contiguous() or x.stride(-1) == 1)
-
-    return (
-        _enabled
-        and all(
-            x is None or (x.dtype is torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1) for x in arrays
-        )
-        # What is exported runs elsewhere.
-        and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        and _library() is not None
-    )
+    for x in arrays:
+        if x is not None and not (x.dtype is torch.float32 and x.is_cpu and (x.is_contiguous() or x.stride(-1) == 1)):
+            return False
+    # What is exported runs elsewhere.
+    exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return _enabled and not exported and not torch.is_autocast_enabled("cpu") and _library() is not None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +208,12 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     Returns:
         the metric, a scalar, and its gradient with respect to x, shaped like x.
     """
+    metric, slope = _whitening(x, num_groups)
+    return metric, slope()
+
+
+def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The metric, and what computes its gradient, which takes as long again and is hardly ever asked for."""
     channels = x.shape[-1]
     rows = x.reshape(-1, channels)
     groups = (rows - rows.mean(dim=0)).chunk(num_groups, dim=1)  # (frames, C/G) each
@@ -216,9 +222,13 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     mean_square = torch.stack([cov.square().sum() for cov in covariances]).sum() / channels
     denominator = mean_diagonal.square() + 1e-20
     metric = mean_square / denominator
-    diagonal = (metric * mean_diagonal).expand(channels // num_groups).diag()
-    pushes = [linear(group, cov - diagonal) for group, cov in zip(groups, covariances, strict=True)]
-    return metric, (torch.cat(pushes, dim=1) * (4.0 / (channels * denominator))).view(x.shape)
+
+    def slope() -> Tensor:
+        diagonal = (metric * mean_diagonal).expand(channels // num_groups).diag()
+        pushes = [linear(group, cov - diagonal) for group, cov in zip(groups, covariances, strict=True)]
+        return (torch.cat(pushes, dim=1) * (4.0 / (channels * denominator))).view(x.shape)
+
+    return metric, slope
 
 
 class _WhitenFunction(torch.autograd.Function):
@@ -237,12 +247,12 @@ class _WhitenFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         module: Whiten = ctx.module
         with torch.autocast(x.device.type, enabled=False):
-            metric, push = whitening_metric(at_least_float32(x), module.num_groups)
+            metric, slope = _whitening(at_least_float32(x), module.num_groups)
             if metric < ctx.limit:
                 module.prob = module.min_prob
                 return grad, None
             module.prob = module.max_prob
-            wide_grad = at_least_float32(grad)
+            wide_grad, push = at_least_float32(grad), slope()
             size = module.grad_scale * wide_grad.norm() / (push.norm() + 1e-20)
             return torch.addcmul(wide_grad, push, size).to(grad.dtype), None
 

@@ -7,6 +7,7 @@ the flags, `--print-config` shows the whole configuration.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import itertools
 import logging
@@ -172,6 +173,8 @@ class Trainer:
                 return
             if train.scan_oom:
                 self._scan_memory()
+            # What there is now stays: the garbage collector need not look through it again and again.
+            gc.freeze()
             while train.num_steps or self.progress.cur_epoch <= train.num_epochs:
                 self._begin_epoch()
                 self._train_epoch()
