@@ -320,9 +320,8 @@ class BiasNorm(ScheduledModule):
         if bypass is not None:
             original, module = bypass
             return _BiasNormFunction.apply(x, self.bias, log_scale, original, module.scale(x))
-        channels_last = x.movedim(self.channel_dim, -1)
-        y = _BiasNormFunction.apply(channels_last, self.bias, log_scale, None, None)
-        return y.movedim(-1, self.channel_dim)
+        channels_last = x.transpose(self.channel_dim, -1)
+        return _BiasNormFunction.apply(channels_last, self.bias, log_scale, None, None).transpose(self.channel_dim, -1)
 
 
 _bypass_kernel = Kernel("bypass", "ppppiiiii")

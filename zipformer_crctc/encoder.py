@@ -222,7 +222,8 @@ class Zipformer(nn.Module):
         feature_masks = self._feature_masks(x)
         outputs = []
         for i, stack in enumerate(self.encoders):
-            x = _convert_channels(x, self.encoder_dim[i])
+            # Else all that follows would be laid out as x is, and copied again and again.
+            x = _convert_channels(x, self.encoder_dim[i]).contiguous()
             factor = self.downsampling_factor[i]
             mask = None if key_padding_mask is None else key_padding_mask[:, ::factor]
             x = stack(x, chunk_size, feature_masks[i], attn_mask, mask, lengths)

@@ -93,15 +93,19 @@ class ConvNeXt(ScheduledModule):
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(N, C, T', F') to the same shape; frames where padding (N, T') is True count as zeros."""
-        inner = x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
-        narrow = depthwise_conv2d(inner, self.depthwise_conv)
+        inner = x
+        if padding is not None:  # of a view, which keeps channels last in memory
+            inner = x.permute(0, 2, 3, 1).masked_fill(padding[:, :, None, None], 0.0).permute(0, 3, 1, 2)
+        images = in_parts(depthwise_conv2d(inner, self.depthwise_conv), self.hidden_channels)
         parts = Parts()
-        images = in_parts(narrow, self.hidden_channels)
-        residual = torch.cat([self._pointwise(image, parts) for image in images])
+        residuals = [self._pointwise(image, parts) for image in images]
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
-            residual = residual * keep.to(residual.dtype)
-        x = self.out_balancer(x + residual)
+            kept = keep.to(x.dtype).split(len(images[0]))
+            residuals = [residual * mask for residual, mask in zip(residuals, kept, strict=True)]
+        originals = in_parts(x, self.hidden_channels)
+        x = torch.cat([original + residual for original, residual in zip(originals, residuals, strict=True)])
+        x = self.out_balancer(x)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _pointwise(self, narrow: Tensor, parts: Parts) -> Tensor:
