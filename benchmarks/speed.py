@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -183,15 +184,24 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and not func.__name__.startswith(("empty", "new_empty", "detach")):
-            arrays = [item for item in tree_leaves((args, kwargs, result)) if isinstance(item, torch.Tensor)]
-            # What is expanded is read from where it stands once.
-            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in arrays)
+            self.add(args, kwargs, result)
         return result
+
+    def add(self, *used: Any) -> None:
+        """Count the arrays among these; what is expanded is read from where it stands once."""
+        arrays = [item for item in tree_leaves(used) if isinstance(item, torch.Tensor)]
+        self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in arrays)
 
 
 def _traffic(step: Callable[[], Any]) -> float:
-    """Bytes that the operations of a step read and write."""
-    with _Traffic() as traffic:
+    """Bytes that the operations and the kernels of a step read and write."""
+    run = native.Kernel.__call__
+
+    def counted(kernel: native.Kernel, *arguments: Any) -> None:
+        traffic.add(arguments)
+        run(kernel, *arguments)
+
+    with _Traffic() as traffic, mock.patch.object(native.Kernel, "__call__", counted):
         step()
     return float(traffic.bytes)
 
