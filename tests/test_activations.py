@@ -13,7 +13,6 @@ from torch import Tensor
 
 from zipformer_crctc import activations, attention, frontend, layers
 from zipformer_crctc.activations import (
-    BiasNorm,
     SharedDropout,
     SwooshR,
     computed_again,
@@ -23,6 +22,7 @@ from zipformer_crctc.activations import (
     tanh_gated,
 )
 from zipformer_crctc.model import build_model
+from zipformer_crctc.norms import BiasNorm
 from zipformer_crctc.presets import tiny
 from zipformer_crctc.schedule import Schedule, set_batch_count
 

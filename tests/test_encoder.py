@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from small_models import LAYER_SIZES, draw_parameters, encoder_layers, small_encoder, small_model
-from zipformer_crctc.activations import upsample
 from zipformer_crctc.encoder import (
     Downsample,
     DownsampledStack,
@@ -22,6 +21,7 @@ from zipformer_crctc.encoder import (
 )
 from zipformer_crctc.layers import EncoderLayer
 from zipformer_crctc.model import padding_mask
+from zipformer_crctc.norms import upsample
 
 FACTORS = (1, 2, 4, 8, 4, 2)
 DIMS = (24, 32, 32, 40, 32, 32)

@@ -25,6 +25,7 @@ MODEL = [
     "convolution",
     "regularisers",
     "activations",
+    "norms",
     "frontend",
     "attention",
     "layers",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from small_models import LAYER_SIZES, draw_parameters
 from zipformer_crctc.activations import swoosh_l, swoosh_r
 from zipformer_crctc.attention import relative_positions
-from zipformer_crctc.layers import Bypass, ChunkCausalConv, ConvModule, EncoderLayer, FeedForward, depthwise_conv
+from zipformer_crctc.layers import ChunkCausalConv, ConvModule, EncoderLayer, FeedForward, depthwise_conv
+from zipformer_crctc.norms import Bypass
 
 T, N, C = 11, 3, 16
 

@@ -27,11 +27,11 @@ from small_models import (
     small_model,
     stack_of,
 )
-from zipformer_crctc.activations import BiasNorm, Bypass
 from zipformer_crctc.attention import AttentionWeights, relative_positions
 from zipformer_crctc.encoder import DownsampledStack
 from zipformer_crctc.layers import EncoderLayer, FeedForward
 from zipformer_crctc.model import CtcModel
+from zipformer_crctc.norms import BiasNorm, Bypass
 from zipformer_crctc.products import Linear
 from zipformer_crctc.schedule import set_batch_count
 

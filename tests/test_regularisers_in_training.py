@@ -23,11 +23,10 @@ from small_models import (
     small_model,
     small_run,
 )
-from zipformer_crctc import activations, attention, native
-from zipformer_crctc.activations import BiasNorm
+from zipformer_crctc import attention, native, norms
 from zipformer_crctc.attention import AttentionWeights
-from zipformer_crctc.layers import Bypass
 from zipformer_crctc.model import CtcModel
+from zipformer_crctc.norms import BiasNorm, Bypass
 from zipformer_crctc.objective import Objective
 from zipformer_crctc.regularisers import Balancer, ScaleGrad, Whiten
 from zipformer_crctc.schedule import set_batch_count
@@ -156,7 +155,7 @@ class Watch:
                 module.register_forward_pre_hook(self._enter(name))
             elif isinstance(module, Bypass):  # a layer's norm only asks for its scale
                 monkeypatch.setattr(module, "scale", self._scale(name, module.scale))
-        monkeypatch.setattr(activations, "limit_parameter", self._function(activations.limit_parameter))
+        monkeypatch.setattr(norms, "limit_parameter", self._function(norms.limit_parameter))
         penalty = self._function(attention.penalise_large_values)
         monkeypatch.setattr(attention, "penalise_large_values", penalty)
 

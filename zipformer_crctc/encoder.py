@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc.activations import Bypass
 from zipformer_crctc.attention import RelativePositions
 from zipformer_crctc.layers import EncoderLayer, LayerSizes
+from zipformer_crctc.norms import Bypass
 from zipformer_crctc.schedule import Schedule
 
 

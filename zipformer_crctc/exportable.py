@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc import activations, attention, encoder, features, frontend, layers, native
+from zipformer_crctc import activations, attention, encoder, features, frontend, layers, native, norms
 from zipformer_crctc.features import FRAME_LENGTH, FRAME_SHIFT
 from zipformer_crctc.model import CtcModel
 from zipformer_crctc.recogniser import with_silence
@@ -111,7 +111,7 @@ def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, original: Tensor | No
 
 
 def _bypass(original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
-    return original + (activations._repeated(x, repeat, original.shape[0]) - original) * scale
+    return original + (norms._repeated(x, repeat, original.shape[0]) - original) * scale
 
 
 def _positions(module: attention.RelativePositions, x: Tensor, left_context: int = 0) -> Tensor:
@@ -181,12 +181,12 @@ def exportable_operations() -> Iterator[None]:
         (activations._Swoosh, "apply", _swoosh),
         (activations._SwooshLinear, "apply", _swoosh_linear),
         (activations._Gated, "apply", _gated),
-        (activations._BiasNormFunction, "apply", _bias_norm),
-        (activations._BypassFunction, "apply", _bypass),
+        (norms._BiasNormFunction, "apply", _bias_norm),
+        (norms._BypassFunction, "apply", _bypass),
         (attention.RelativePositions, "forward", _positions),
         (attention._AlignOffsets, "apply", _align_offsets),
         (encoder.Downsample, "forward", _downsample),
-        (activations, "upsample", _upsample),
+        (norms, "upsample", _upsample),
         (frontend, "check_lengths", lambda features, num_frames: None),
         (frontend, "in_parts", lambda image, hidden_channels: [image]),
         (layers, "depthwise_conv", _depthwise_conv),

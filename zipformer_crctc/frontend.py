@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from zipformer_crctc.activations import (
     SWOOSH_L,
-    BiasNorm,
     SharedDropout,
     SwooshR,
     computed_again,
@@ -23,6 +22,7 @@ from zipformer_crctc.activations import (
     swoosh_r,
 )
 from zipformer_crctc.convolution import depthwise_conv2d
+from zipformer_crctc.norms import BiasNorm
 from zipformer_crctc.products import Linear, linear
 from zipformer_crctc.regularisers import Balancer, Parts, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule

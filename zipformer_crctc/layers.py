@@ -17,17 +17,15 @@ from torch.nn import functional as F
 from zipformer_crctc.activations import (
     SWOOSH_L,
     SWOOSH_R,
-    BiasNorm,
-    Bypass,
     SharedDropout,
     computed_again,
     gated,
-    keep_mask,
     swoosh_linear,
 )
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.frontend import scale_initial_values
+from zipformer_crctc.norms import BiasNorm, Bypass, keep_mask
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from zipformer_crctc.activations import BiasNorm
 from zipformer_crctc.exportable import AudioGraph, FeatureGraph, exportable_operations
 from zipformer_crctc.features import FRAME_SHIFT, LOG_EPS, NUM_BINS, SAMPLING_RATE
+from zipformer_crctc.norms import BiasNorm
 from zipformer_crctc.recogniser import Recogniser
 
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -20,7 +20,18 @@ from golden_checks.compare import (
     compare_abs,
     exact,
 )
-from zipformer_crctc import activations, attention, encoder, frontend, layers, losses, model, regularisers, schedule
+from zipformer_crctc import (
+    activations,
+    attention,
+    encoder,
+    frontend,
+    layers,
+    losses,
+    model,
+    norms,
+    regularisers,
+    schedule,
+)
 
 Run = Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
 
@@ -105,7 +116,7 @@ def check_swoosh(path: Path) -> list[Comparison]:
 
 
 def check_bias_norm(path: Path) -> list[Comparison]:
-    return check_module(path, lambda a: activations.BiasNorm(a["num_channels"], a["channel_dim"]), run_simple)
+    return check_module(path, lambda a: norms.BiasNorm(a["num_channels"], a["channel_dim"]), run_simple)
 
 
 def check_positions(path: Path) -> list[Comparison]:
@@ -125,7 +136,7 @@ def check_positions(path: Path) -> list[Comparison]:
 def check_sampling(path: Path) -> list[Comparison]:
     def run(module: nn.Module, inputs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
         if "upsample" in settings:
-            return {"y": activations.upsample(inputs["x"], settings["upsample"])}
+            return {"y": norms.upsample(inputs["x"], settings["upsample"])}
         return {"y": module(inputs["x"])}
 
     def build(args: Mapping[str, Any]) -> nn.Module:
