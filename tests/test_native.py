@@ -207,6 +207,59 @@ def test_nothing_is_built_where_it_cannot_be(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.so")) == []
 
 
+@needs_kernels
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    assert suits_in(tmp_path) == "True"
+    (built,) = tmp_path.rglob("*.so")
+    built.write_bytes(b"")
+    assert suits_in(tmp_path) == "True"
+    assert built.stat().st_size > 1000
+
+
+@needs_kernels
+def test_threads_that_start_together_all_have_kernels(tmp_path: Path) -> None:
+    code = """
+import torch, threading
+from zipformer_crctc import native
+found = []
+threads = [threading.Thread(target=lambda: found.append(native.suits(torch.zeros(1)))) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(found)
+"""
+    assert suits_in(tmp_path, code) == "[True, True, True]"
+
+
+@needs_kernels
+@pytest.mark.parametrize("fails", ["printf '\\377\\n' >&2; exit 1", "exit 1"])
+def test_a_compiler_that_fails_is_no_error(tmp_path: Path, fails: str) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n{fails}\n")
+    compiler.chmod(0o755)
+    assert suits_in(tmp_path, CC=str(compiler)) == "False"
+
+
+def test_all_processes_use_kernels_or_none_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_enabled", True)
+    native.use_on_all_or_none([True, True])
+    assert native._enabled
+    native.use_on_all_or_none([True, False])
+    assert not native._enabled
+
+
+@needs_kernels
+def test_masks_that_are_broadcast() -> None:
+    """As without kernels: padding of one utterance for all, masks that are expanded."""
+    x, gate, padding = torch.randn(T, N, C), torch.randn(T, N, C), torch.rand(1, T) > 0.5
+    assert torch.allclose(gated(x, gate, padding), gated(x, gate, padding.expand(N, T).contiguous()))
+    mask = torch.rand(1, 1, C).expand(1, N, C)
+    weight = torch.randn(5, C)
+    found = swoosh_linear(x, weight, None, SWOOSH_L, mask)
+    assert torch.allclose(found, swoosh_linear(x, weight, None, SWOOSH_L, mask.contiguous()), atol=1e-5)
+    assert swoosh_l(torch.tensor(4.0)).item() == pytest.approx(0.338147, abs=1e-5)
+    assert swoosh_l(torch.zeros(2, 0)).shape == (2, 0)
+
+
 def test_what_does_not_suit() -> None:
     assert not native.suits(torch.zeros(2, dtype=torch.float64))
     assert not native.suits(torch.zeros(3, 2).t())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc import native
@@ -35,10 +36,17 @@ def kernel_sizes(x: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
     return x.numel() // channels, 1 if mask is None else mask.numel() // channels, channels
 
 
+def _is_dense(x: Tensor, mask: Tensor | None) -> bool:
+    """Whether x (T, N, C) and a mask (1, N, C) lie in memory without gaps."""
+    if mask is not None and not (mask.is_contiguous() and mask.shape == (1, *x.shape[1:])):
+        return False
+    return x.dim() > 0 and x.numel() > 0 and x.is_contiguous()
+
+
 def _swoosh(x: Tensor, kind: tuple[float, float], mask: Tensor | None = None) -> Tensor:
     """Swoosh of x (T, N, C), times the mask (1, N, C) where there is one; without gradient."""
     shift, offset = kind
-    if x.is_contiguous() and native.suits(x, mask):
+    if _is_dense(x, mask) and native.suits(x, mask):
         y = torch.empty_like(x)
         _swoosh_kernel(x, mask, y, *kernel_sizes(x, mask), shift, offset)
         return y
@@ -54,7 +62,7 @@ def _swoosh_gradient(
 ) -> tuple[Tensor | None, Tensor]:
     """`_swoosh` again, if asked for, and the gradient of x from that of its result."""
     shift, offset = kind
-    if x.is_contiguous() and grad.is_contiguous() and native.suits(x, grad, mask):
+    if _is_dense(x, mask) and grad.is_contiguous() and native.suits(x, grad, mask):
         y, grad_x = torch.empty_like(x) if with_y else None, torch.empty_like(x)
         _swoosh_gradient_kernel(x, mask, grad, y, grad_x, *kernel_sizes(x, mask), shift, offset)
         return y, grad_x
@@ -74,6 +82,7 @@ class _Swoosh(torch.autograd.Function):
         return _swoosh(x.movedim(1, -1), kind).movedim(-1, 1) if x.dim() == 4 else _swoosh(x, kind)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         (grad,) = grad_outputs
@@ -105,6 +114,7 @@ class _SwooshLinear(torch.autograd.Function):
         return linear(_swoosh(x, kind, mask), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, mask, weight = ctx.saved_tensors
@@ -136,10 +146,12 @@ _OPENINGS = {
 
 def _gate_arguments(x: Tensor, gate: Tensor, padding: Tensor | None, kind: str) -> tuple[int, ...] | None:
     """What the kernels of gates are told besides the arrays; None where they do not suit."""
-    if x.dim() != 3 or not native.suits(x, gate) or any(y.stride(0) != y.shape[1] * y.stride(1) for y in (x, gate)):
+    if x.dim() != 3 or x.shape != gate.shape or not native.suits(x, gate):
+        return None
+    if any(y.stride(0) != y.shape[1] * y.stride(1) for y in (x, gate)):
         return None
     frames, utterances, channels = x.shape
-    places = (0, 0) if padding is None else padding.stride()
+    places = (0, 0) if padding is None else padding.expand(utterances, frames).stride()
     return (frames * utterances, utterances, channels, x.stride(1), gate.stride(1), *places, kind == "tanh")
 
 
@@ -158,6 +170,7 @@ class _Gated(torch.autograd.Function):
         return y if padding is None else y.masked_fill_(padding.t()[:, :, None], 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, gate, padding = ctx.saved_tensors
         (grad,) = grad_outputs

@@ -285,6 +285,8 @@ class _Products(Tensor):
             grad, shape, dim, start, _, step = args
             if dim == 0 and step == 1 and start >= 0:
                 return _Products(shape, [replace(use, first=use.first + start) for use in grad.uses])
+        if func._schema.is_mutable and isinstance(args[0], _Products):
+            raise RuntimeError(f"{func} changes the gradient of attention weights in place: use what returns a new one")
         args, kwargs = tree_map_only(_Products, _Products.whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -339,10 +341,12 @@ class AttentionWeights(ScheduledModule):
         if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
             pos_key = self.linear_pos(pos_emb[0])  # (2T - 1, H * c)
         penalised = self.training and random.random() < self.penalty_prob
-        if native.suits(projected, key, pos_key):
+        if projected.numel() > 0 and native.suits(projected, key, pos_key):
             frames, utterances, _ = x.shape
             assert pos_key is None or len(pos_key) == 2 * frames - 1
-            padding = None if key_padding_mask is None else key_padding_mask.expand(utterances, frames).contiguous()
+            padding = key_padding_mask
+            if padding is not None:
+                padding = padding.to(torch.bool).expand(utterances, frames).contiguous()
             forbidden = None if attn_mask is None else attn_mask.contiguous().expand(utterances, frames, frames)
             other_key = None if key is own_key else key
             return _Weights.apply(projected, other_key, pos_key, padding, forbidden, self.num_heads, sizes, penalised)

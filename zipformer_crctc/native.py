@@ -16,7 +16,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +34,7 @@ BUILD_SECONDS = 120
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 """Types of arguments by letter: an array (or none), a number of things, a value."""
 
+_lock = threading.Lock()
 _enabled = os.environ.get("ZIPA_NATIVE", "1") != "0"
 
 
@@ -49,7 +52,7 @@ class Kernel:
         self._function: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Tensor | float | None) -> None:
-        """Run it. Arrays are tensors, which the caller has found fit by `suits`, or addresses of such."""
+        """Run it. Arrays are tensors, which the caller has found fit by `suits`."""
         if self._function is None:
             library = _library()
             assert library is not None, "a kernel is called only where `suits` says so"
@@ -57,7 +60,7 @@ class Kernel:
             function.argtypes = [KINDS[letter] for letter in self.arguments]
             function.restype = None
             self._function = function
-        self._function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+        self._function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def suits(*arrays: Tensor | None) -> bool:
@@ -81,12 +84,33 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-@functools.cache
+def use_on_all_or_none(there: Sequence[bool]) -> None:
+    """Of processes that train together: results differ by rounding, so that ranks would drift apart."""
+    global _enabled
+    if not all(there):
+        if any(there):
+            logger.warning(
+                "C kernels are not there for %d of %d processes: none uses them", there.count(False), len(there)
+            )
+        _enabled = False
+
+
 def _library() -> ctypes.CDLL | None:
     """The kernels, built if need be; None where that cannot be done."""
+    with _lock:
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _built()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged
+            path.unlink()
+            return ctypes.CDLL(str(_built()))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         logger.info("no C kernels, so PyTorch's operations take their place: %s", error)
         return None
 
@@ -104,21 +128,24 @@ def _built() -> Path:
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
     path = _cache_folder() / f"{name}.so"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        # PyTorch's own threads: a second OpenMP library would have threads of its own, and each set waits for work.
-        command = [compiler, *FLAGS, "-shared", "-o", str(temporary), *map(str, sources), openmp, "-lm"]
-        made = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
-        if made.returncode:
-            raise OSError(f"{compiler} failed: {made.stderr.strip()[-500:]}")
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            # PyTorch's own threads: a second OpenMP library would have threads of its own, and each set waits for work.
+            command = [compiler, *FLAGS, "-shared", "-o", str(whole), *map(str, sources), openmp, "-lm"]
+            made = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+            if made.returncode:
+                raise OSError(f"{compiler} failed: {made.stderr.strip()[-500:]}")
+            with whole.open("rb") as file:
+                os.fsync(file.fileno())  # half a library would kill the programs that load it
+            whole.replace(path)
     return path
 
 
 def _openmp() -> str:
     """The OpenMP library that PyTorch has loaded."""
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    loaded = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp5" in line}
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line or "libiomp5" in line}
     if not loaded:
         raise OSError("PyTorch does not use OpenMP here")
     return sorted(loaded)[0]
@@ -126,8 +153,9 @@ def _openmp() -> str:
 
 def _processor() -> str:
     """What -march=native depends on: home folders are shared by machines of several kinds."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    kept = [line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "flags", "Features"))]
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    of_kind = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    kept = [line for line in lines if line.startswith(of_kind)]
     return "\n".join([platform.machine(), *kept])
 
 

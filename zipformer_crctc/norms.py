@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc import native
@@ -51,6 +52,7 @@ class _BiasNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, bias, gain, original, scale, factors = ctx.saved_tensors
@@ -114,6 +116,7 @@ class _BypassFunction(torch.autograd.Function):
     def forward(ctx: Any, original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
         ctx.save_for_backward(original, x, scale)
         ctx.repeat = repeat
+        assert len(x) == -(-len(original) // repeat)
         arrays = (original, x, scale)
         ctx.with_kernel = native.suits(*arrays) and all(array.is_contiguous() for array in arrays)
         if ctx.with_kernel:
@@ -124,6 +127,7 @@ class _BypassFunction(torch.autograd.Function):
         return original + (_repeated(x, repeat, len(original)) - original) * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grad_outputs
         original, x, scale = ctx.saved_tensors

@@ -131,7 +131,7 @@ class ScaledAdam(Optimizer):
 
     def _kernels(self, group: dict[str, Any], stacks: Sequence[Stack]) -> Kernels | None:
         """Of a group; None where PyTorch does the work."""
-        if not stacks or not native.suits():
+        if not stacks or not native.suits(stacks[0].first):
             return None
         kernels = Kernels(group, stacks, [self.state[stack.first] for stack in stacks])
         return kernels if kernels.suit() else None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from zipformer_crctc import checkpoint
+from zipformer_crctc import checkpoint, native
 from zipformer_crctc.badbatches import report_infinite, save_bad_batches
 from zipformer_crctc.batches import FINGERPRINTS
 from zipformer_crctc.commandline import TrainArgs, parse_train_args, run_program
@@ -105,6 +105,8 @@ def run(rank: int, world_size: int, args: TrainArgs, sets: DataSets) -> None:
         Preemption() as preemption,
         process_group(rank, world_size, train.device, train.num_threads, train.process_timeout) as process,
     ):
+        if process.device.type == "cpu":
+            native.use_on_all_or_none(process.gather(native.suits()))
         trainer = Trainer(config, process, sets, preemption)
         try:
             if train.dry_run:
@@ -174,6 +176,7 @@ class Trainer:
             if train.scan_oom:
                 self._scan_memory()
             # What there is now stays: the garbage collector need not look through it again and again.
+            gc.collect()
             gc.freeze()
             while train.num_steps or self.progress.cur_epoch <= train.num_epochs:
                 self._begin_epoch()
@@ -199,6 +202,7 @@ class Trainer:
 
     def close(self) -> None:
         """Write what is left, and end the workers of the loaders."""
+        gc.unfreeze()
         self.metrics.close()
         for loader in (self.state.train_loader, self.state.unsup_loader, self.state.valid_loader):
             if loader is not None:

@@ -53,7 +53,7 @@ void swoosh_gradient(const float *restrict x, const float *restrict mask, const 
     }
 }
 
-/* x * sigmoid(gate) or x * tanh(gate), and what the gradients need of the opening. */
+/* What x is multiplied by. */
 #define OPENING(value) (with_tanh ? tanh_(value) : sigmoid_(value))
 
 /* Whether a row is padding: places (N, T), strides in bytes, true at padding; null for none. */

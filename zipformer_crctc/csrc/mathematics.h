@@ -1,4 +1,5 @@
-/* Elementary functions that compilers vectorise, to one or two units in the last place of float32. */
+/* What the kernels share. Elementary functions are such that compilers vectorise them, to one or two units in the last
+   place of float32. */
 #ifndef ZIPFORMER_MATHEMATICS_H
 #define ZIPFORMER_MATHEMATICS_H
 
@@ -7,6 +8,8 @@
 
 /* Fewer values than this are not worth waking other threads for. */
 #define PARALLEL_FROM 16384
+/* Sums over rows are made in so many parts, which are added in turn: they do not depend on the number of threads. */
+#define PARTS 16
 
 static inline float from_bits(int32_t bits) {
     float x;

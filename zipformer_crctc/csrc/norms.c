@@ -4,9 +4,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* Sums over rows are made in so many parts, one after the other: they do not depend on the number of threads. */
-#define PARTS 16
-
 static inline int64_t part_begin(int64_t part, int64_t rows) { return part * rows / PARTS; }
 
 /* Adds up PARTS arrays of `size` values. */

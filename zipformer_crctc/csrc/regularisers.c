@@ -4,8 +4,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-#define PARTS 16 /* as in norms.c */
-
 /* Sum over the rows of x (R, C) of x, or with means of (x - mean)^2, divided by R. */
 static void mean_of(const float *x, const float *mean, float *result, int64_t rows, int64_t channels, int64_t stride) {
     float *parts = calloc(PARTS * channels, sizeof *parts);
