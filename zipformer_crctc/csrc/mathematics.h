@@ -7,7 +7,7 @@
 #include <string.h>
 
 /* Fewer values than this are not worth waking other threads for. */
-#define PARALLEL_FROM 16384
+#define PARALLEL_FROM 4096
 /* Sums over rows are made in so many parts, which are added in turn: they do not depend on the number of threads. */
 #define PARTS 16
 
