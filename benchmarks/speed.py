@@ -208,10 +208,10 @@ def _traffic(step: Callable[[], Any]) -> float:
 
 def _operations(forward: Callable[[], Any]) -> float:
     """Floating-point operations of the matrix products and convolutions of a pass."""
-    used, products.USE_ONEDNN = products.USE_ONEDNN, False  # its operator is not known to the counter
+    available, products.HAS_ONEDNN = products.HAS_ONEDNN, False  # its operator is not known to the counter
     with FlopCounterMode(display=False) as counter, native.disabled():  # nor are the kernels
         forward()
-    products.USE_ONEDNN = used
+    products.HAS_ONEDNN = available
     return float(counter.get_total_flops())
 
 

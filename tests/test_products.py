@@ -14,7 +14,6 @@ needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="oneDNN or AVX
 
 @pytest.fixture(autouse=True)
 def _for_small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "USE_ONEDNN", products.HAS_ONEDNN)
     monkeypatch.setattr(products, "MIN_SIZE", 64 * 30)
 
 

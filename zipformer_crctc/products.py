@@ -7,6 +7,7 @@ R rows, I and O channels.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_SIZE = 1 << 26
-"""Rows times input times output channels; smaller products gain nothing, and each new shape costs milliseconds."""
-INFERENCE_MIN_SIZE = 1 << 24
-"""The same in inference mode, in which there are fewer other arrays and shapes."""
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
 
@@ -39,7 +36,12 @@ def _is_slow_with_mkl() -> bool:
 
 
 HAS_ONEDNN = _has_onednn()
-USE_ONEDNN = HAS_ONEDNN and _is_slow_with_mkl()
+MIN_SIZE, INFERENCE_MIN_SIZE = (1 << 26, 1 << 24) if _is_slow_with_mkl() else (math.inf, 1 << 26)
+"""Rows times input times output channels, from which oneDNN is taken in training and in inference mode.
+
+Each new shape costs milliseconds, so smaller products gain nothing. In inference mode there are fewer other arrays and
+shapes, and no products with transposed weights, for which MKL is as good where it is not slow.
+"""
 
 
 class Linear(nn.Linear):
@@ -64,7 +66,7 @@ def over_rows(a: Tensor, b: Tensor) -> Tensor:
 def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
     """size: the channels of the product that x has not."""
     return (
-        USE_ONEDNN
+        HAS_ONEDNN
         # What is exported runs elsewhere.
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and bool(torch.backends.mkldnn.enabled)
