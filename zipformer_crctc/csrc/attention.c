@@ -7,16 +7,7 @@
 
 #include "mathematics.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define TILE_ROWS 8
-#elif defined(__AVX__)
-#define LANES 8
-#define TILE_ROWS 4
-#else
-#define LANES 4
-#define TILE_ROWS 4
-#endif
+#define TILE_ROWS (LANES == 16 ? 8 : 4)
 #define PANEL (2 * LANES) /* columns of a tile */
 #define BLOCK 32          /* target frames whose scores are in a core's cache at a time */
 #define MASKED_SCORE -1000.0f
@@ -25,8 +16,6 @@
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Distance between rows of this length: an odd number of cache lines, so that a column is spread over the cache. */
 static int64_t row_stride(int64_t length) { return (rounded_up(length, 16) / 16 | 1) * 16; }
@@ -76,7 +65,7 @@ __attribute__((noinline)) static void product(const float *a, int64_t a_row, int
             tile(a + r * a_row, a_row, a_step, b, b_step, c + r * c_row, c_row, depth, add, count, 2);                 \
         else                                                                                                           \
             tile(a + r * a_row, a_row, a_step, b, b_step, c + r * c_row, c_row, depth, add, count, 1)
-#if TILE_ROWS == 8
+#if LANES == 16
         TILES(8);
 #endif
         TILES(4);

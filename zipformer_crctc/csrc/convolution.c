@@ -8,13 +8,6 @@
    lines of the cache. Then sums for several places, or taps, at a time stay in registers. */
 #include "mathematics.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
 #define TILE 768    /* places that a tile has at most, with those around it */
@@ -37,8 +30,6 @@ typedef struct {
 typedef struct {
     int64_t top, left, height, width;
 } box;
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t parts(int64_t all, int64_t each) { return (all + each - 1) / each; }
 

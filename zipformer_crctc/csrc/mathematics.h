@@ -11,6 +11,17 @@
 /* Sums over rows are made in so many parts, which are added in turn: they do not depend on the number of threads. */
 #define PARTS 16
 
+/* Values of float32 in a vector register. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline float from_bits(int32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);

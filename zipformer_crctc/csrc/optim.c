@@ -20,8 +20,6 @@ struct settings {
     double min_rms, max_rms, scalar_max;
 };
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Parameters, and whether they have so many values that other threads should help. */
 static int64_t parameters(const struct stack *stacks, int64_t n, int *many) {
     int64_t count = 0, values = 0;
