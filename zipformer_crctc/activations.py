@@ -265,5 +265,4 @@ class SharedDropout(ScheduledModule):
             return None
         shape = list(x.shape)
         shape[self.shared_dim] = 1
-        keep = torch.rand(shape, device=x.device) > p
-        return keep.to(x.dtype) * (1.0 / (1.0 - p))
+        return torch.rand(shape, device=x.device).gt_(p).mul_(1.0 / (1.0 - p)).to(x.dtype)

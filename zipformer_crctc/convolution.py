@@ -17,8 +17,8 @@ from zipformer_crctc import native
 MAX_TAPS = 64
 """As in csrc/convolution.c."""
 
-_CONVOLVE = native.Kernel("depthwise", "pppp" + "i" * 15)
-_WEIGHT_GRADIENT = native.Kernel("depthwise_weight_gradient", "ppp" + "i" * 14)
+_CONVOLVE = native.Kernel("depthwise", "ppppp" + "i" * 15)
+_WEIGHT_GRADIENT = native.Kernel("depthwise_weight_gradient", "ppppp" + "i" * 14)
 
 
 def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -42,8 +42,9 @@ def depthwise_conv2d(image: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d) -> bool:
-    enough = x.numel() > 0 and conv.weight[0].numel() <= MAX_TAPS
-    return enough and native.suits(_as_image(x), conv.weight, conv.bias)
+    channels_last = x if x.dim() == 3 else x.permute(0, 2, 3, 1)
+    enough = x.numel() > 0 and conv.weight[0].numel() <= MAX_TAPS and conv.weight.is_contiguous()
+    return enough and native.suits(channels_last, conv.weight, conv.bias)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -60,7 +61,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         (grad,) = grad_outputs
-        if _as_image(grad).stride(-1) != 1:
+        if grad.stride(-1 if grad.dim() == 3 else 1) != 1:
             grad = grad.contiguous(memory_format=_layout(grad))
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
@@ -68,13 +69,10 @@ class _Depthwise(torch.autograd.Function):
             # An output gives back to the same inputs that it was made from.
             grad_x = _convolved(grad, weight, None, weight.shape[-1] - 1 - ctx.padding, reverse=True)
         if needs_weight or needs_bias:
-            inputs, grads = _as_image(x), _as_image(grad)
-            sums = x.new_empty(len(inputs), weight[0].numel() + 1, len(weight))
-            sizes = _sizes(inputs, grads, weight)
-            _WEIGHT_GRADIENT(x, grad, sums, *sizes, ctx.padding, *inputs.stride()[:3], *grads.stride()[:3])
-            by_tap = sums.sum(dim=0)
-            grad_weight = by_tap[:-1].t().reshape(weight.shape)
-            grad_bias = by_tap[-1] if needs_bias else None
+            grad_weight, grad_bias = torch.empty_like(weight), weight.new_empty(len(weight)) if needs_bias else None
+            sizes, steps = _sizes(x, grad, weight)
+            sums = x.new_empty(sizes[0], weight[0].numel() + 1, len(weight))
+            _WEIGHT_GRADIENT(x, grad, sums, grad_weight, grad_bias, *sizes, ctx.padding, *steps)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -87,23 +85,24 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rev
     shape = list(x.shape)
     shape[along] += 2 * padding - weight.shape[-1] + 1
     y = torch.empty(shape, dtype=x.dtype, memory_format=_layout(x))
-    inputs, outputs = _as_image(x), _as_image(y)
-    by_tap = weight.flatten(1).t().contiguous()  # (K, C)
-    sizes = _sizes(inputs, outputs, weight)
-    _CONVOLVE(x, by_tap, bias, y, *sizes, padding, int(reverse), *inputs.stride()[:3], *outputs.stride()[:3])
+    sizes, steps = _sizes(x, y, weight)
+    _CONVOLVE(x, weight, torch.empty_like(weight), bias, y, *sizes, padding, int(reverse), *steps)
     return y
-
-
-def _as_image(x: Tensor) -> Tensor:
-    """The order of axes of the kernels, (N, rows, columns, C), where a sequence is one row."""
-    return x.transpose(0, 1)[:, None] if x.dim() == 3 else x.permute(0, 2, 3, 1)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.dim() == 3 else torch.channels_last
 
 
-def _sizes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """What both kernels are told first."""
-    utterances, rows, columns, channels = x.shape
-    return utterances, channels, rows, columns, y.shape[2], weight[0].numel() // weight.shape[-1], weight.shape[-1]
+def _sizes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What both kernels are told: sizes, and how far utterances, rows and columns of both images are apart.
+
+    A sequence is an image of one row.
+    """
+    if x.dim() == 3:
+        columns, utterances, channels = x.shape
+        sizes = utterances, channels, 1, columns, len(y), 1, weight.shape[-1]
+        return sizes, tuple(step for z in (x, y) for step in (z.stride(1), 0, z.stride(0)))
+    utterances, channels, rows, columns = x.shape
+    sizes = utterances, channels, rows, columns, y.shape[3], *weight.shape[2:]
+    return sizes, tuple(z.stride(axis) for z in (x, y) for axis in (0, 2, 3))

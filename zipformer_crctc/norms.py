@@ -184,4 +184,4 @@ class Bypass(ScheduledModule):
 
 def keep_mask(x: Tensor, skip_rate: float) -> Tensor:
     """(N, 1) of ones and, with the given probability, zeros, for a sequence x of (T, N, C)."""
-    return (torch.rand((x.shape[1], 1), device=x.device) >= skip_rate).to(x.dtype)
+    return torch.rand((x.shape[1], 1), device=x.device).ge_(skip_rate).to(x.dtype)

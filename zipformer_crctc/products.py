@@ -67,12 +67,12 @@ def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
     """size: the channels of the product that x has not."""
     return (
         HAS_ONEDNN
+        and x.numel() * size >= (INFERENCE_MIN_SIZE if torch.is_inference_mode_enabled() else MIN_SIZE)
         # What is exported runs elsewhere.
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
-        and x.numel() * size >= (INFERENCE_MIN_SIZE if torch.is_inference_mode_enabled() else MIN_SIZE)
         and not torch.is_autocast_enabled("cpu")
     )
 

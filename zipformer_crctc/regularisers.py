@@ -35,12 +35,16 @@ def _mean_over_std(positive_share: float) -> float:
 
 
 _moments_kernel = Kernel("moments", "pppiii")
-_balance_kernel = Kernel("balance", "ppppppiiiii")
+_balance_kernel = Kernel("balance", "ppppppiiiiifffff")
+_centred_kernel = Kernel("centred", "pppiii")
+_whitening_kernel = Kernel("whitening", "ppii")
+_pushed_kernel = Kernel("pushed", "pppif")
+_limited_kernel = Kernel("limited", "pppiff")
 
 
 def _rows(x: Tensor, dim: int) -> Tensor | None:
     """x as (R, C) for the kernels, its channels from axis `dim`; None where that is not how it lies in memory."""
-    last = x.movedim(dim, -1)
+    last = x if dim == -1 else x.movedim(dim, -1)
     if not native.suits(last):
         return None
     try:
@@ -116,9 +120,19 @@ class _BalancerFunction(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         (grad,) = grad_outputs
         x = at_least_float32(saved)
-        min_mean, max_mean, min_rms, max_rms = ctx.limits
         moments = _Moments.of_all(ctx.parts)
         mean, variance = moments.mean, moments.variance
+        rows, grads = _rows(x, ctx.dim), _rows(grad, ctx.dim)
+        if rows is not None and grads is not None:
+            result = torch.empty_like(grad)
+            results = _rows(result, ctx.dim)
+            assert results is not None
+            _balance_kernel(
+                *(rows, mean, variance, grads, results, x.new_empty(2, rows.shape[1])),
+                *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0), ctx.scale, *ctx.limits),
+            )
+            return result, None, None, None, None
+        min_mean, max_mean, min_rms, max_rms = ctx.limits
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
         ratio = mean / std
@@ -130,18 +144,7 @@ class _BalancerFunction(torch.autograd.Function):
         rms_of_g = torch.hypot(constant, slope * variance.sqrt())
         # A channel within its limits, or all zero, is left alone.
         factor = torch.where(rms_of_g > 1e-20, ctx.scale / rms_of_g, 0.0)
-        constant, slope = constant * factor, slope * factor
-        rows, grads = _rows(x, ctx.dim), _rows(grad, ctx.dim)
-        if rows is not None and grads is not None:
-            result = torch.empty_like(grad)
-            results = _rows(result, ctx.dim)
-            assert results is not None
-            _balance_kernel(
-                *(rows, constant, slope, mean, grads, results),
-                *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0)),
-            )
-            return result, None, None, None, None
-        push = torch.addcmul(constant, slope, x - mean)
+        push = torch.addcmul(constant * factor, slope * factor, x - mean)
         wide_grad = at_least_float32(grad)
         return torch.addcmul(wide_grad, wide_grad.abs(), push).to(grad.dtype), None, None, None, None
 
@@ -216,6 +219,12 @@ def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]
     """The metric, and what computes its gradient, which takes as long again and is hardly ever asked for."""
     channels = x.shape[-1]
     rows = x.reshape(-1, channels)
+    if native.suits(rows):
+        centred, metric = torch.empty_like(rows, memory_format=torch.contiguous_format), x.new_empty(())
+        _centred_kernel(rows, x.new_empty(channels), centred, *rows.shape, rows.stride(0))
+        covariance = over_rows(centred, centred)
+        _whitening_kernel(covariance, metric, channels, num_groups)
+        return metric, lambda: linear(centred, covariance).view(x.shape)
     groups = (rows - rows.mean(dim=0)).chunk(num_groups, dim=1)  # (frames, C/G) each
     covariances = [over_rows(group, group) for group in groups]  # (C/G, C/G) each
     mean_diagonal = torch.stack([cov.diagonal().sum() for cov in covariances]).sum() / channels
@@ -253,6 +262,10 @@ class _WhitenFunction(torch.autograd.Function):
                 return grad, None
             module.prob = module.max_prob
             wide_grad, push = at_least_float32(grad), slope()
+            if native.suits(wide_grad, push) and wide_grad.is_contiguous():
+                result = torch.empty_like(push)
+                _pushed_kernel(wide_grad, push, result, push.numel(), module.grad_scale)
+                return result, None
             size = module.grad_scale * wide_grad.norm() / (push.norm() + 1e-20)
             return torch.addcmul(wide_grad, push, size).to(grad.dtype), None
 
@@ -294,6 +307,10 @@ class _LimitFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         (grad,) = grad_outputs
+        if native.suits(x, grad) and x.is_contiguous() and grad.is_contiguous():
+            result = torch.empty_like(grad)
+            _limited_kernel(x, grad, result, x.numel(), ctx.minimum, ctx.maximum)
+            return result, None, None
         outwards = ((x < ctx.minimum) & (grad > 0)) | ((x > ctx.maximum) & (grad < 0))
         return torch.where(outwards, -grad, grad), None, None
 

@@ -156,12 +156,16 @@ static int64_t correlate(const vec *x, int64_t width, const vec *kernel, int64_t
 
 /* y = bias + the sum over taps of weight * x; with a reversed kernel the gradient of x from that of y.
 
-   weight (KH, KW, C), bias (C) or null. Before x come (KH - 1) / 2 rows and `padding` columns of zeros. */
-void depthwise(const float *x, const float *weight, const float *bias, float *y, int64_t utterances, int64_t channels,
-               int64_t rows, int64_t columns, int64_t columns_y, int64_t kernel_rows, int64_t kernel_columns,
-               int64_t padding, int64_t reversed, int64_t x_utterance, int64_t x_row, int64_t x_column,
-               int64_t y_utterance, int64_t y_row, int64_t y_column) {
+   weight (C, KH, KW), for which `by_tap` has room, bias (C) or null. Before x come (KH - 1) / 2 rows and `padding`
+   columns of zeros. */
+void depthwise(const float *x, const float *weight, float *by_tap, const float *bias, float *y, int64_t utterances,
+               int64_t channels, int64_t rows, int64_t columns, int64_t columns_y, int64_t kernel_rows,
+               int64_t kernel_columns, int64_t padding, int64_t reversed, int64_t x_utterance, int64_t x_row,
+               int64_t x_column, int64_t y_utterance, int64_t y_row, int64_t y_column) {
     const int64_t taps = kernel_rows * kernel_columns;
+    for (int64_t k = 0; k < taps; k++)
+        for (int64_t c = 0; c < channels; c++)
+            by_tap[k * channels + c] = weight[c * taps + (reversed ? taps - 1 - k : k)];
     const int64_t vectors = parts(channels, LANES), lanes = smaller(channels, LANES);
     const tiling t = tiles(rows, columns_y, kernel_rows, kernel_columns);
 #pragma omp parallel for collapse(3) if (utterances * rows * columns_y * channels > PARALLEL_FROM)
@@ -175,8 +179,7 @@ void depthwise(const float *x, const float *weight, const float *bias, float *y,
                 const float *in = x + n * x_utterance + c;
                 float *out = y + n * y_utterance + c;
                 vec tile[TILE + BEYOND], kernel[MAX_TAPS], start = bias ? load(bias + c, lanes) : (vec){0};
-                for (int64_t k = 0; k < taps; k++)
-                    kernel[k] = load(weight + (reversed ? taps - 1 - k : k) * channels + c, lanes);
+                for (int64_t k = 0; k < taps; k++) kernel[k] = load(by_tap + k * channels + c, lanes);
                 copy_tile(in, (plane){rows, columns, x_row, x_column}, around, lanes, tile);
                 for (int64_t i = 0; i < b.height; i++)
                     for (int64_t j = 0, count; j < b.width; j += count) {
@@ -190,13 +193,15 @@ void depthwise(const float *x, const float *weight, const float *bias, float *y,
             }
 }
 
-/* The gradients of weight and bias from x and that of y: sums (N, KH * KW + 1, C), in the last row those of the bias.
+/* The gradients of weight (C, KH, KW) and, where asked for, of bias (C) from x and that of y.
 
-   Each utterance has sums of its own, so that what is added in which order does not depend on the threads. */
-void depthwise_weight_gradient(const float *x, const float *grad, float *sums, int64_t utterances, int64_t channels,
-                               int64_t rows, int64_t columns, int64_t columns_y, int64_t kernel_rows,
-                               int64_t kernel_columns, int64_t padding, int64_t x_utterance, int64_t x_row,
-                               int64_t x_column, int64_t y_utterance, int64_t y_row, int64_t y_column) {
+   Each utterance has sums of its own, `sums` (N, KH * KW + 1, C), in the last row those of the bias, so that what is
+   added in which order does not depend on the threads. */
+void depthwise_weight_gradient(const float *x, const float *grad, float *sums, float *grad_weight, float *grad_bias,
+                               int64_t utterances, int64_t channels, int64_t rows, int64_t columns, int64_t columns_y,
+                               int64_t kernel_rows, int64_t kernel_columns, int64_t padding, int64_t x_utterance,
+                               int64_t x_row, int64_t x_column, int64_t y_utterance, int64_t y_row,
+                               int64_t y_column) {
     const int64_t taps = kernel_rows * kernel_columns;
     const int64_t vectors = parts(channels, LANES), lanes = smaller(channels, LANES);
     const int64_t groups = parts(vectors, GROUP), each = parts(vectors, groups);
@@ -238,4 +243,10 @@ void depthwise_weight_gradient(const float *x, const float *grad, float *sums, i
                     store(total[vector - first][k], sums + (n * (taps + 1) + k) * channels + channel(vector, channels),
                           lanes);
         }
+    const int64_t size = (taps + 1) * channels;
+    for (int64_t n = 1; n < utterances; n++)
+        for (int64_t i = 0; i < size; i++) sums[i] += sums[n * size + i];
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t k = 0; k < taps; k++) grad_weight[c * taps + k] = sums[k * channels + c];
+    if (grad_bias) memcpy(grad_bias, sums + taps * channels, channels * sizeof *grad_bias);
 }
