@@ -241,6 +241,15 @@ class SwooshR(nn.Module):
         return swoosh_r(x)
 
 
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout with half of its time on a CPU: PyTorch draws a float64 for each value there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        return x * torch.rand(x.shape).ge_(self.p).mul_(1.0 / (1.0 - self.p)).to(x.dtype)
+
+
 class SharedDropout(ScheduledModule):
     """Dropout whose mask is shared along one axis (time), so that whole channels of an utterance are dropped.
 

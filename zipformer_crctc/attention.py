@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from zipformer_crctc import native
-from zipformer_crctc.activations import computed_again, tanh_gated
+from zipformer_crctc.activations import Dropout, computed_again, tanh_gated
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
@@ -72,7 +72,7 @@ class RelativePositions(nn.Module):
     def __init__(self, dim: int, dropout: float = 0.15) -> None:
         super().__init__()
         self.dim = dim
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self._table: Tensor | None = None  # for the longest T so far; shorter ones are its middle
 
     def forward(self, x: Tensor, left_context: int = 0) -> Tensor:

@@ -253,13 +253,16 @@ class Zipformer(nn.Module):
         return chunk_size, left_context_chunks(chunk_size, choose(self.left_context_frames))
 
     def _feature_masks(self, x: Tensor) -> list[Tensor | None]:
-        """For each stack (N, C) of zeros and ones: half of the maskable channels, or all, may be zero."""
+        """For each stack (N, C) of zeros and ones, None for ones: half of the maskable channels, or all, may be zero."""
         if not self.training:
             return [None] * len(self.encoders)
         drawn = torch.rand((2, x.shape[1], 1), device=x.device) > 0.125
         keep = torch.stack([drawn[0], drawn[0] & drawn[1]]).to(x.dtype)  # (2, N, 1)
         masks: list[Tensor | None] = []
         for dim, unmasked in zip(self.encoder_dim, self.encoder_unmasked_dim, strict=True):
+            if dim == unmasked:
+                masks.append(None)
+                continue
             half = (dim - unmasked) // 2
             widths = (half, dim - unmasked - half)
             parts = [torch.ones_like(keep[0]).expand(-1, unmasked)]

@@ -54,6 +54,13 @@ class Batch:
     fingerprint: int = 0
     """see `BatchRequest`"""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """From process to process lengths travel as numbers: each tensor is a file of shared memory and a socket."""
+        return {**vars(self), "num_frames": self.num_frames.tolist()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, num_frames=torch.tensor(state["num_frames"], dtype=torch.int64))
+
     @property
     def texts(self) -> list[str]:
         return [utterance.text for utterance in self.utterances]

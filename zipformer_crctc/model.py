@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zipformer_crctc.activations import Dropout
 from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.encoder import Zipformer
 from zipformer_crctc.frontend import Conv2dSubsampling, padding_mask
@@ -32,7 +33,7 @@ class CtcModel(nn.Module):
         super().__init__()
         self.encoder_embed = encoder_embed
         self.encoder = encoder
-        self.ctc_output = nn.Sequential(nn.Dropout(0.1), Linear(max(encoder.encoder_dim), vocab_size))
+        self.ctc_output = nn.Sequential(Dropout(0.1), Linear(max(encoder.encoder_dim), vocab_size))
 
     def forward(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities of a batch.

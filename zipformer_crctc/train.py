@@ -135,6 +135,7 @@ class Trainer:
         self.exp_dir = config.train.exp_dir
         self.state = state = RunState(config, process, sets)
         self.model, self.progress = state.model, state.progress
+        self.parameters = list(state.model.parameters())
         self.objective = Objective(config, TargetEncoder(state.tokenizer, config.data.remove_diacritics))
         precision = config.train.precision_on(process.device.type)
         self.autocast = torch.autocast(
@@ -352,7 +353,7 @@ class Trainer:
         of three numbers and one transfer from the device tell both, and whether the ranks read the same data.
         """
         self.state.scaler.unscale_(self.state.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         own_losses = torch.stack([loss for _, loss in self.window])
         own_is_bad = own_losses.isfinite().logical_not().any().float()
