@@ -39,10 +39,6 @@ esac
 : "${data:=data/$corpus}" "${exp_dir:=exp/$corpus}"
 
 . shared/environment.sh
-# Large blocks in huge pages: a tenth faster on CPUs.
-export THP_MEM_ALLOC_ENABLE=1
-# Threads that wait leave their core to the data loader after some microseconds, not milliseconds.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 
 if [ "$stage" -le 1 ] && [ "$stop_stage" -ge 1 ]; then
   options=()

@@ -52,8 +52,6 @@ done
 [ "$teachers" -ge 2 ] || { echo "noisy_student.sh: --teachers is $teachers: agreement needs two or more" >&2; exit 1; }
 
 . shared/environment.sh
-# Large blocks in huge pages: a tenth faster on CPUs.
-export THP_MEM_ALLOC_ENABLE=1
 : "${processes:=$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
 
 corpora=(tusom2021)

@@ -1,5 +1,6 @@
-# Make the virtual environment .venv of the repository, if it is not there or a requirements file has changed, and put
-# it on the PATH. Source from the repository's root:  . shared/environment.sh [requirements file]
+# Make the virtual environment .venv of the repository, if it is not there or a requirements file has changed, put it on
+# the PATH, and set what makes programs faster. Source from the repository's root:
+#   . shared/environment.sh [requirements file]
 #
 # PYTHON names the interpreter (default: python3; 3.10 or newer).
 
@@ -22,3 +23,6 @@ fi
 PATH=$PWD/.venv/bin:$PATH
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PATH PYTHONPATH
+# On CPUs: large blocks in huge pages, a tenth faster; and threads that wait leave their core to the data loader after
+# some microseconds, not milliseconds.
+export THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"

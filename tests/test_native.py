@@ -18,7 +18,7 @@ from zipformer_crctc.activations import SWOOSH_L, SWOOSH_R, gated, swoosh_l, swo
 from zipformer_crctc.model import build_model
 from zipformer_crctc.norms import BiasNorm, Bypass
 from zipformer_crctc.presets import tiny
-from zipformer_crctc.regularisers import Balancer
+from zipformer_crctc.regularisers import Balancer, Whiten, limit_parameter, whitening_metric
 from zipformer_crctc.schedule import set_batch_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,35 @@ def test_balancer(dim: int) -> None:
         return balancer(part) * 1.0
 
     assert_same(compute, [x])
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("frames", [T, 500])
+def test_whiten(groups: int, frames: int) -> None:
+    """Above its limit, for a part of a wider array."""
+    x = torch.randn(frames, N, 48) * torch.linspace(0.1, 3.0, 48) + torch.randn(frames, N, 1)
+
+    def compute(given: list[Tensor]) -> Tensor:
+        module = Whiten(groups, 1.1, grad_scale=0.1).train()
+        module.prob = 1.0
+        return module(given[0][..., :32]) * 1.0
+
+    assert_same(compute, [x])
+    x = x.detach()
+    metric, slope = whitening_metric(x, groups)
+    with native.disabled():
+        want, want_slope = whitening_metric(x, groups)
+    assert metric.item() == pytest.approx(want.item(), rel=1e-5)
+    assert torch.allclose(slope, want_slope, rtol=1e-4, atol=1e-5 * float(want_slope.abs().max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(), (70,)])
+def test_limits_of_parameters(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+    for _ in range(20 if shape == () else 1):
+        assert_same(lambda given: limit_parameter(given[0], -0.5, 0.3) * 1.0, [torch.randn(shape)])
 
 
 @needs_kernels

@@ -253,7 +253,7 @@ class Zipformer(nn.Module):
         return chunk_size, left_context_chunks(chunk_size, choose(self.left_context_frames))
 
     def _feature_masks(self, x: Tensor) -> list[Tensor | None]:
-        """For each stack (N, C) of zeros and ones, None for ones: half of the maskable channels, or all, may be zero."""
+        """For each stack (N, C), or None for ones: half of the maskable channels, or all, may be zero, the rest one."""
         if not self.training:
             return [None] * len(self.encoders)
         drawn = torch.rand((2, x.shape[1], 1), device=x.device) > 0.125

@@ -99,12 +99,14 @@ class ConvNeXt(ScheduledModule):
         images = in_parts(depthwise_conv2d(inner, self.depthwise_conv), self.hidden_channels)
         parts = Parts()
         residuals = [self._pointwise(image, parts) for image in images]
-        if self.training:
-            keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.value(self.layerdrop_rate)
-            kept = keep.to(x.dtype).split(len(images[0]))
-            residuals = [residual * mask for residual, mask in zip(residuals, kept, strict=True)]
         originals = in_parts(x, self.hidden_channels)
-        x = torch.cat([original + residual for original, residual in zip(originals, residuals, strict=True)])
+        if self.training:
+            keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device).ge_(self.value(self.layerdrop_rate))
+            kept = keep.to(x.dtype).split(len(images[0]))
+            sums = [torch.addcmul(*part) for part in zip(originals, residuals, kept, strict=True)]
+        else:
+            sums = [original + residual for original, residual in zip(originals, residuals, strict=True)]
+        x = torch.cat(sums) if len(sums) > 1 else sums[0]
         x = self.out_balancer(x)
         return self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

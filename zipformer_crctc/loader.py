@@ -59,7 +59,7 @@ class Batch:
         return {**vars(self), "num_frames": self.num_frames.tolist()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, num_frames=torch.tensor(state["num_frames"], dtype=torch.int64))
+        vars(self).update(state, num_frames=torch.as_tensor(state["num_frames"], dtype=torch.int64))
 
     @property
     def texts(self) -> list[str]:
