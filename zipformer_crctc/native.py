@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zipformer_crctc.usercache import user_cache
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -126,7 +128,7 @@ def _built() -> Path:
     headers = sorted(SOURCES.glob("*.h"))
     what = [compiler, *FLAGS, openmp, _processor(), *(path.read_text(encoding="utf-8") for path in sources + headers)]
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
-    path = _cache_folder() / f"{name}.so"
+    path = user_cache("kernels") / f"{name}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -157,7 +159,3 @@ def _processor() -> str:
     of_kind = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
     kept = [line for line in lines if line.startswith(of_kind)]
     return "\n".join([platform.machine(), *kept])
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipformer-crctc" / "kernels"

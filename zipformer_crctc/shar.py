@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zipformer_crctc.remote import copy_folder, make_local, read_list, with_retries
-from zipformer_crctc.sharindex import Problem, cache_folder, open_index
+from zipformer_crctc.sharindex import Problem, index_cache, open_index
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _remote_shards(path: Path, index_dir: Path | None) -> list[Shard]:
         sources = read_list(path)
     except ValueError as error:
         raise DataError(str(error)) from error
-    folder = copy_folder(path, index_dir or cache_folder())
+    folder = copy_folder(path, index_dir or index_cache())
     return [
         Shard(number, folder / f"cuts.{number:06d}.jsonl.gz", folder / f"recording.{number:06d}.tar", index_dir, source)
         for number, source in enumerate(sources)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from zipformer_crctc.features import SAMPLING_RATE
+from zipformer_crctc.usercache import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,14 @@ def index_places(tar: Path, cache: Path | None = None) -> list[Path]:
     """Where the index of a shard may be, the preferred place first."""
     folder = tar.resolve().parent
     number = tar.name.split(".")[1]
-    cache = cache or cache_folder()
+    cache = cache or index_cache()
     key = sha256(str(folder).encode()).hexdigest()[:24]
     return [folder.parent / f".{folder.name}.index" / f"{number}.jsonl.gz", cache / key / f"{number}.jsonl.gz"]
 
 
-def cache_folder() -> Path:
-    """The user's cache, for what cannot lie beside the data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipformer-crctc" / "shards"
+def index_cache() -> Path:
+    """For what cannot lie beside the data."""
+    return user_cache("shards")
 
 
 def _size_and_time(path: Path) -> list[int]:
