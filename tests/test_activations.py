@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zipformer_crctc import activations, attention, frontend, layers
 from zipformer_crctc.activations import (
+    Dropout,
     SharedDropout,
     SwooshR,
     computed_again,
@@ -126,6 +127,18 @@ def test_dropout_is_for_training() -> None:
     dropout.batch_count = 10.0
     assert torch.equal(dropout.train()(x), x)
     assert torch.equal(SharedDropout(0.5, 0).eval()(x), x)  # a plain number too
+
+
+def test_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(40_000, requires_grad=True)
+    y = Dropout(0.25).train()(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, y)
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert y.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert Dropout(1.0).train()(x).count_nonzero() == 0
+    assert Dropout(0.25).eval()(x) is x
 
 
 def test_what_is_computed_again_is_not_kept() -> None:

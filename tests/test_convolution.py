@@ -175,6 +175,11 @@ def test_only_input_and_weight_are_kept() -> None:
     assert kept == [x.data_ptr(), conv.weight.data_ptr()]
 
 
+def test_a_sequence_shorter_than_the_kernel_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        depthwise_conv(torch.randn(4, 2, 4), sequence_conv(4, 5, padding=0))
+
+
 def test_what_kernels_do_not_take() -> None:
     x, conv = torch.randn(40, 2, 24), sequence_conv(24, 15)
     assert not convolution._suits(x.double(), conv.double())

@@ -142,6 +142,16 @@ def test_balancer(dim: int) -> None:
     assert_same(compute, [x])
 
 
+def test_balancer_of_an_image_with_a_gradient_for_each_channel() -> None:
+    x = torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    balancer, of_channel = Balancer(1, min_abs=5.0, prob=1.0).train(), torch.randn(6)
+    found, want = (
+        torch.autograd.grad((balancer(given).sum((0, 2, 3)) * of_channel).sum(), given)[0]
+        for given in (x, x.detach().contiguous().requires_grad_())
+    )
+    assert torch.allclose(found, want, atol=1e-6)
+
+
 @needs_kernels
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("frames", [T, 500])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -61,6 +63,9 @@ def test_numbers_of_rows_are_few() -> None:
 
 @needs_onednn
 def test_exported_programs_have_plain_products() -> None:
+    """And no decision by a size, which may be another where they run."""
     layer = Linear(30, 20)
-    traced = torch.jit.trace(layer, torch.randn(100, 30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, torch.randn(100, 30))
     assert "linear" in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)

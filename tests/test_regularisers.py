@@ -129,6 +129,16 @@ def test_whitening_metric_of_white_noise_is_one() -> None:
     assert whitening_metric(eye, 2)[0].item() == pytest.approx(1.0, abs=1e-12)
 
 
+def test_whitening_of_many_rows_far_from_zero() -> None:
+    x = torch.randn(300_000, 16) * 0.01 + 10.0
+    assert whitening_metric(x, 1)[0].item() == pytest.approx(whitening_metric(x.double(), 1)[0].item(), abs=1e-3)
+
+
+def test_groups_of_channels_are_of_equal_size() -> None:
+    with pytest.raises(ValueError, match="10 channels cannot be shared out among 3 groups"):
+        whitening_metric(torch.randn(4, 10), 3)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("b", [0.0, 20000.0])
 def test_whiten_acts_above_its_limit(groups: int, b: float) -> None:

@@ -245,7 +245,7 @@ class Dropout(nn.Dropout):
     """torch.nn.Dropout with half of its time on a CPU: PyTorch draws a float64 for each value there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu":
+        if not self.training or x.device.type != "cpu" or self.p == 1.0:
             return super().forward(x)
         return x * torch.rand(x.shape).ge_(self.p).mul_(1.0 / (1.0 - self.p)).to(x.dtype)
 

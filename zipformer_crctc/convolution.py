@@ -25,7 +25,7 @@ def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """Depthwise convolution over the first axis of (T, N, C), with the weight, bias and padding of `conv`."""
     padding = conv.padding[0]
     assert isinstance(padding, int)
-    if _suits(x, conv):
+    if len(x) + 2 * padding >= conv.kernel_size[0] and _suits(x, conv):
         return _Depthwise.apply(x, conv.weight, conv.bias, padding)
     # The sequence is, as it lies in memory, an image of T rows, N columns and C channels in channels-last order, for
     # which PyTorch's convolution is several times faster than for (N, C, T).

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import native
 from zipformer_crctc.native import Kernel
@@ -116,6 +117,7 @@ class _BalancerFunction(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         (grad,) = grad_outputs
@@ -125,13 +127,12 @@ class _BalancerFunction(torch.autograd.Function):
         rows, grads = _rows(x, ctx.dim), _rows(grad, ctx.dim)
         if rows is not None and grads is not None:
             result = torch.empty_like(grad)
-            results = _rows(result, ctx.dim)
-            assert results is not None
-            _balance_kernel(
-                *(rows, mean, variance, grads, results, x.new_empty(2, rows.shape[1])),
-                *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0), ctx.scale, *ctx.limits),
-            )
-            return result, None, None, None, None
+            if (results := _rows(result, ctx.dim)) is not None:
+                _balance_kernel(
+                    *(rows, mean, variance, grads, results, x.new_empty(2, rows.shape[1])),
+                    *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0), ctx.scale, *ctx.limits),
+                )
+                return result, None, None, None, None
         min_mean, max_mean, min_rms, max_rms = ctx.limits
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
@@ -210,6 +211,9 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         the metric, a scalar, and its gradient with respect to x, shaped like x.
+
+    Raises:
+        ValueError: C is no multiple of num_groups.
     """
     metric, slope = _whitening(x, num_groups)
     return metric, slope()
@@ -218,6 +222,8 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]]:
     """The metric, and what computes its gradient, which takes as long again and is hardly ever asked for."""
     channels = x.shape[-1]
+    if channels % num_groups:
+        raise ValueError(f"{channels} channels cannot be shared out among {num_groups} groups of equal size")
     rows = x.reshape(-1, channels)
     if native.suits(rows):
         centred, metric = torch.empty_like(rows, memory_format=torch.contiguous_format), x.new_empty(())
@@ -251,6 +257,7 @@ class _WhitenFunction(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         (grad,) = grad_outputs
@@ -265,7 +272,7 @@ class _WhitenFunction(torch.autograd.Function):
             if native.suits(wide_grad, push) and wide_grad.is_contiguous():
                 result = torch.empty_like(push)
                 _pushed_kernel(wide_grad, push, result, push.numel(), module.grad_scale)
-                return result, None
+                return result.to(grad.dtype), None
             size = module.grad_scale * wide_grad.norm() / (push.norm() + 1e-20)
             return torch.addcmul(wide_grad, push, size).to(grad.dtype), None
 
@@ -304,6 +311,7 @@ class _LimitFunction(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         (grad,) = grad_outputs

@@ -4,29 +4,39 @@
 #include <math.h>
 #include <stdlib.h>
 
+#define BLOCK 256 /* rows whose sum is a float: more of them would lose what is small beside the mean */
+
 /* Sum over the rows of x (R, C) of x, or with means of (x - mean)^2, divided by R. */
 static void mean_of(const float *x, const float *mean, float *result, int64_t rows, int64_t channels, int64_t stride) {
-    float *parts = calloc(PARTS * channels, sizeof *parts);
+    double *totals = calloc(PARTS * channels, sizeof *totals);
+    float *sums = malloc(PARTS * channels * sizeof *sums);
 #pragma omp parallel for if (rows * channels > PARALLEL_FROM)
     for (int64_t part = 0; part < PARTS; part++) {
-        float *sum = parts + part * channels;
-        for (int64_t row = part * rows / PARTS; row < (part + 1) * rows / PARTS; row++) {
-            const float *in = x + row * stride;
-            if (mean) {
+        double *total = totals + part * channels;
+        float *sum = sums + part * channels;
+        const int64_t end = (part + 1) * rows / PARTS;
+        for (int64_t from = part * rows / PARTS; from < end; from += BLOCK) {
+            memset(sum, 0, channels * sizeof *sum);
+            for (int64_t row = from; row < smaller(from + BLOCK, end); row++) {
+                const float *in = x + row * stride;
+                if (mean) {
 #pragma omp simd
-                for (int64_t c = 0; c < channels; c++) sum[c] += (in[c] - mean[c]) * (in[c] - mean[c]);
-            } else {
+                    for (int64_t c = 0; c < channels; c++) sum[c] += (in[c] - mean[c]) * (in[c] - mean[c]);
+                } else {
 #pragma omp simd
-                for (int64_t c = 0; c < channels; c++) sum[c] += in[c];
+                    for (int64_t c = 0; c < channels; c++) sum[c] += in[c];
+                }
             }
+            for (int64_t c = 0; c < channels; c++) total[c] += sum[c];
         }
     }
     for (int64_t c = 0; c < channels; c++) {
         double sum = 0.0;
-        for (int64_t part = 0; part < PARTS; part++) sum += parts[part * channels + c];
+        for (int64_t part = 0; part < PARTS; part++) sum += totals[part * channels + c];
         result[c] = (float)(sum / rows);
     }
-    free(parts);
+    free(totals);
+    free(sums);
 }
 
 /* Mean and variance of each channel of x, whose rows are `stride` values apart. */
