@@ -20,6 +20,7 @@ PROGRAMS = {
 
 MODEL = [
     "schedule",
+    "usercache",
     "native",
     "products",
     "convolution",
