@@ -20,6 +20,9 @@
 #define LANES 4
 #endif
 
+/* The first row of a part of so many rows. */
+static inline int64_t part_begin(int64_t part, int64_t rows) { return part * rows / PARTS; }
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float from_bits(int32_t bits) {

@@ -4,8 +4,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-static inline int64_t part_begin(int64_t part, int64_t rows) { return part * rows / PARTS; }
-
 /* Adds up PARTS arrays of `size` values. */
 static void add_parts(const float *parts, float *sum, int64_t size) {
     for (int64_t i = 0; i < size; i++) sum[i] = 0.0f;

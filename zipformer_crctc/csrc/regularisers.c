@@ -14,8 +14,8 @@ static void mean_of(const float *x, const float *mean, float *result, int64_t ro
     for (int64_t part = 0; part < PARTS; part++) {
         double *total = totals + part * channels;
         float *sum = sums + part * channels;
-        const int64_t end = (part + 1) * rows / PARTS;
-        for (int64_t from = part * rows / PARTS; from < end; from += BLOCK) {
+        const int64_t end = part_begin(part + 1, rows);
+        for (int64_t from = part_begin(part, rows); from < end; from += BLOCK) {
             memset(sum, 0, channels * sizeof *sum);
             for (int64_t row = from; row < smaller(from + BLOCK, end); row++) {
                 const float *in = x + row * stride;
@@ -116,9 +116,9 @@ static double norm_of(const float *x, int64_t count) {
     double parts[PARTS];
 #pragma omp parallel for if (count > PARALLEL_FROM)
     for (int64_t part = 0; part < PARTS; part++) {
-        int64_t end = (part + 1) * count / PARTS;
+        const int64_t end = part_begin(part + 1, count);
         double total = 0.0;
-        for (int64_t from = part * count / PARTS; from < end; from += 1024) {
+        for (int64_t from = part_begin(part, count); from < end; from += 1024) {
             float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = from; i < smaller(from + 1024, end); i++) sum += x[i] * x[i];
