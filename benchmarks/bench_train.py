@@ -11,7 +11,9 @@ augmentation. Rows go to benchmarks/results/train.json: seconds of audio trained
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -20,6 +22,7 @@ import torch
 from benchmarks import peer, speed
 from benchmarks.results_file import result_path
 from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
+from zipformer_crctc.cudagraphs import REPLAYS, GraphedPasses
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.losses import consistency_loss, ctc_loss
 from zipformer_crctc.memory import keep_freed_memory
@@ -51,6 +54,7 @@ def make(case: Case, who: str) -> Work:
     autocast = torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=case.bf16)
     labels = torch.randint(4, tokenizer.vocab_size, (case.utterances, round(case.seconds * PHONES_PER_SECOND)))
     targets = [row.tolist() for row in labels]
+    passes: Callable[..., Any] | None = None
     if who == OURS:
         keep_freed_memory()  # as our programs do
         config = PRESETS[case.size]()
@@ -61,8 +65,10 @@ def make(case: Case, who: str) -> Work:
         objective = Objective(config, by_name.__getitem__)
         batch = Batch(features, num_frames, [_utterance(name, case.seconds) for name in by_name])
 
+        passes = GraphedPasses(model) if case.on_gpu else model  # as train.py has it
+
         def loss() -> torch.Tensor:
-            return objective.train_loss(model, batch, autocast).total
+            return objective.train_loss(passes, batch, autocast).total
 
     else:
         parts = peer.load(case.peer_path)
@@ -87,8 +93,11 @@ def make(case: Case, who: str) -> Work:
         with torch.no_grad(), autocast:
             model(features, num_frames)
 
+    def recording() -> float:
+        return passes.seconds_of_last_recording / REPLAYS if isinstance(passes, GraphedPasses) else 0.0
+
     # Two views, and a backward pass does twice the work of a forward pass.
-    return Work(step, model, 6.0, forward)
+    return Work(step, model, 6.0, forward, recording)
 
 
 def _utterance(name: str, seconds: float) -> Utterance:

@@ -58,6 +58,10 @@ class Case:
         return f"{self.kind}, {self.size}, {self.utterances} x {self.seconds:g} s, {'bf16' if self.bf16 else 'fp32'}"
 
     @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
     def audio(self) -> float:
         """Seconds of audio in a step."""
         return self.utterances * self.seconds
@@ -73,6 +77,8 @@ class Work:
     """Passes through the encoder in a step: a backward pass counts for two, two views double all."""
     forward: Callable[[], Any]
     """One pass, to count operations."""
+    besides: Callable[[], float] = lambda: 0.0
+    """Seconds for each step that the steps do not show: the share of what is done once in many."""
 
 
 Maker = Callable[[Case, str], Work]
@@ -118,6 +124,7 @@ def _serve(make: Maker, case: Case, who: str, pipe: Connection) -> None:
         "operations": lambda: _operations(work.forward) * work.forwards,
         "traffic": lambda: _traffic(work.step),
         "profile": lambda: _profile(work, case.device),
+        "besides": work.besides,
     }
     while (asked := pipe.recv()) != "end":
         pipe.send(answers[asked]())
@@ -258,6 +265,7 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
             if number >= warmup:
                 times[who].append(seconds)
     memory = {who: worker.ask("memory") for who, worker in workers.items()}
+    besides = {who: worker.ask("besides") for who, worker in workers.items()}
     if profile:
         for who, worker in workers.items():
             _print_parts(case, who, worker.ask("profile"))
@@ -265,10 +273,11 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
         worker.close()
     limit_threads(case.threads)
     rate = matrix_rate(case.device, case.bf16)
-    median = {who: statistics.median(values) for who, values in times.items()}
+    median = {who: statistics.median(values) + besides[who] for who, values in times.items()}
     speed = {who: case.audio / value for who, value in median.items()}
     details = {
         "step_seconds": {who: [round(f(times[who]), 4) for f in (min, statistics.median, max)] for who in workers},
+        "seconds_besides": round(besides[OURS], 4),
         "matrix_rate": round(rate / 1e9, 1),
         "share_of_matrix_rate": round(operations / median[OURS] / rate, 3),
     }

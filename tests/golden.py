@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import torch
+
 from golden_checks import encoder, features, text, training
 from golden_checks.compare import Checker, Comparison
 
@@ -60,8 +62,12 @@ def _describe(failure: Comparison) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of fixtures")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args = parser.parse_args()
+    torch.set_default_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False
     try:
-        paths = fixtures(parser.parse_args().folder)
+        paths = fixtures(args.folder)
     except ValueError as error:
         parser.error(str(error))
     passed = True

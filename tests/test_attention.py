@@ -210,7 +210,7 @@ class Attention(nn.Module):
 def results(module: Attention, frames: int, utterances: int, masks: str, dtype: torch.dtype) -> list[Tensor]:
     """Weights, sequences, and the gradients of all inputs and parameters that there are."""
     module = module.to(dtype)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     x = torch.randn((frames, utterances, C), generator=generator).to(dtype).requires_grad_()
     pos_emb = relative_positions(frames, 12).to(dtype).requires_grad_()
     padding = forbidden = None

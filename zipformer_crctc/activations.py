@@ -274,4 +274,4 @@ class SharedDropout(ScheduledModule):
             return None
         shape = list(x.shape)
         shape[self.shared_dim] = 1
-        return torch.rand(shape, device=x.device).gt_(p).mul_(1.0 / (1.0 - p)).to(x.dtype)
+        return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p).div_(1.0 - p)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
-from zipformer_crctc import native
+from zipformer_crctc import gpu, native
 from zipformer_crctc.activations import Dropout, computed_again, tanh_gated
+from zipformer_crctc.attention_products import Products, Use
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
@@ -30,6 +29,9 @@ MASKED_SCORE = -1000.0
 SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1e-4
 """In some training calls, as if so much for each unit of a score beyond the limit were part of the loss."""
+
+MAX_GPU_FRAMES = 4096
+"""A program holds a whole row of weights."""
 
 _weights = native.Kernel("attention_weights", "p" * 8 + "i" * 10 + "f")
 _weights_gradient = native.Kernel("attention_weights_gradient", "ppp" + "i" + "p" * 11 + "i" * 14 + "f")
@@ -112,6 +114,18 @@ class _AlignOffsets(torch.autograd.Function):
         return by_offset
 
 
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(T, N, E) as (heads, N, T, E / heads)."""
+    return x.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3)
+
+
+def _numbers(use: Use) -> list[int]:
+    """As the kernel takes it: both arrays are dense in memory as (T, N, E)."""
+    heads, _, _, channels = use.grad.shape
+    steps = [use.grad.stride(2), use.grad.stride(1), use.values.stride(2), use.values.stride(1)]
+    return [use.grad.data_ptr(), use.values.data_ptr(), use.first, heads, channels, *steps]
+
+
 def _steps(x: Tensor) -> tuple[int, int]:
     """From a frame of a sequence to the next, and from an utterance to the next."""
     return x.stride(0), x.stride(1)
@@ -178,8 +192,8 @@ class _Weights(torch.autograd.Function):
         projected, key, pos_key, padding, forbidden, large, weights = ctx.saved_tensors
         inputs = _Inputs(projected, key, pos_key, padding, forbidden, len(weights), ctx.sizes)
         (grad,) = grad_outputs
-        whole, uses = (None, grad.uses) if isinstance(grad, _Products) else (grad.contiguous(), [])
-        table = torch.tensor([use.numbers() for use in uses], dtype=torch.int64)
+        whole, uses = (None, grad.uses) if isinstance(grad, Products) else (grad.contiguous(), [])
+        table = torch.tensor([_numbers(use) for use in uses], dtype=torch.int64)
         grad_projected = torch.empty_like(projected)
         grad_query, grad_own_key, grad_pos_query = grad_projected.split(ctx.sizes, dim=-1)
         grad_key = grad_own_key
@@ -220,75 +234,23 @@ class _Averages(torch.autograd.Function):
         _averages_gradient(weights, grad, grad_values, heads, utterances, frames, channels, *_steps(grad))
         if not ctx.needs_input_grad[0]:
             return None, grad_values
-        return _Products(weights.shape, [_Use(grad, values, 0, heads)]), grad_values
+        return Products(weights.shape, [Use(by_head(grad, heads), by_head(values, heads), 0)]), grad_values
 
 
 def averaged(weights: Tensor, values: Tensor) -> Tensor:
     """Averages over sources of each head's share of the channels: (H, N, T, T) and (T, N, E) to (T, N, E)."""
-    by_head = values.unflatten(-1, (weights.shape[0], -1)).permute(2, 1, 0, 3)  # (H, N, T, E / H)
     if native.suits(weights, values):
-        assert weights.shape == (*by_head.shape[:3], by_head.shape[2])
-        return _Averages.apply(weights.contiguous(), values)
-    return torch.matmul(weights, by_head).permute(2, 1, 0, 3).flatten(2)
+        assert weights.shape == (weights.shape[0], values.shape[1], len(values), len(values))
+        averages = _gpu().Averages if gpu.takes(values) else _Averages
+        return averages.apply(weights.contiguous(), values)
+    return torch.matmul(weights, by_head(values, weights.shape[0])).permute(2, 1, 0, 3).flatten(2)
 
 
-@dataclass(frozen=True)
-class _Use:
-    """Of attention weights, for averages by some heads."""
+def _gpu() -> Any:
+    """The module of attention on a GPU, which needs Triton."""
+    from zipformer_crctc import gpu_attention
 
-    grad: Tensor
-    """gradient of the averages, (T, N, E)"""
-    values: Tensor
-    """(T, N, E)"""
-    first: int
-    heads: int
-
-    def numbers(self) -> list[int]:
-        """As the kernel takes it."""
-        arrays = [self.grad.data_ptr(), self.values.data_ptr()]
-        channels = self.grad.shape[-1] // self.heads
-        return [*arrays, self.first, self.heads, channels, *_steps(self.grad), *_steps(self.values)]
-
-
-class _Products(Tensor):
-    """The gradient of attention weights (H, N, T, T), kept as what it is the product of: far smaller arrays.
-
-    The gradient of each use would else be written, added to the others and read again, and no array of a layer is as
-    large. `_Weights` computes their sum a few rows at a time; any other operation has it computed as a whole.
-    """
-
-    uses: list[_Use]
-
-    @staticmethod
-    def __new__(cls, shape: Sequence[int], uses: list[_Use]) -> _Products:
-        kind = uses[0].grad
-        products = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=kind.device)
-        products.uses = uses
-        return products
-
-    def whole(self) -> Tensor:
-        """As a plain tensor."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for use in self.uses:
-            grad, values = (x.unflatten(-1, (use.heads, -1)).permute(2, 1, 0, 3) for x in (use.grad, use.values))
-            total[use.first : use.first + use.heads] += torch.matmul(grad, values.transpose(2, 3))
-        return total
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        operation = func.overloadpacket
-        if operation is torch.ops.aten.add and not kwargs and all(isinstance(x, _Products) for x in args):
-            return _Products(args[0].shape, [use for x in args for use in x.uses])
-        if operation is torch.ops.aten.slice_backward:  # of weights[:1], say
-            grad, shape, dim, start, _, step = args
-            if dim == 0 and step == 1 and start >= 0:
-                return _Products(shape, [replace(use, first=use.first + start) for use in grad.uses])
-        if func._schema.is_mutable and isinstance(args[0], _Products):
-            raise RuntimeError(f"{func} changes the gradient of attention weights in place: use what returns a new one")
-        args, kwargs = tree_map_only(_Products, _Products.whole, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    return gpu_attention
 
 
 class AttentionWeights(ScheduledModule):
@@ -341,23 +303,22 @@ class AttentionWeights(ScheduledModule):
         if not (self.training and random.random() < self.value(self.pos_emb_skip_rate)):
             pos_key = self.linear_pos(pos_emb[0])  # (2T - 1, H * c)
         penalised = self.training and random.random() < self.penalty_prob
-        if projected.numel() > 0 and native.suits(projected, key, pos_key):
-            frames, utterances, _ = x.shape
+        frames, utterances, _ = x.shape
+        too_long = gpu.takes(projected) and frames > MAX_GPU_FRAMES
+        if projected.numel() > 0 and not too_long and native.suits(projected, key, pos_key):
             assert pos_key is None or len(pos_key) == 2 * frames - 1
             padding = key_padding_mask
             if padding is not None:
                 padding = padding.to(torch.bool).expand(utterances, frames).contiguous()
             forbidden = None if attn_mask is None else attn_mask.contiguous().expand(utterances, frames, frames)
             other_key = None if key is own_key else key
-            return _Weights.apply(projected, other_key, pos_key, padding, forbidden, self.num_heads, sizes, penalised)
+            function = _gpu().Weights if gpu.takes(projected) else _Weights
+            return function.apply(projected, other_key, pos_key, padding, forbidden, self.num_heads, sizes, penalised)
 
-        def per_head(y: Tensor) -> Tensor:  # (T, N, H * c) to (H, N, T, c)
-            return y.unflatten(-1, (self.num_heads, -1)).permute(2, 1, 0, 3)
-
-        scores = torch.matmul(per_head(query), per_head(key).transpose(2, 3))
+        scores = torch.matmul(by_head(query, self.num_heads), by_head(key, self.num_heads).transpose(2, 3))
         if pos_key is not None:
-            by_head = pos_key.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, c, 2T - 1)
-            by_offset = torch.matmul(per_head(pos_query), by_head[:, None])  # (H, N, T, 2T - 1)
+            offsets = pos_key.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, c, 2T - 1)
+            by_offset = torch.matmul(by_head(pos_query, self.num_heads), offsets[:, None])  # (H, N, T, 2T - 1)
             scores += _AlignOffsets.apply(by_offset)
         if penalised:
             scores = penalise_large_values(scores, SCORE_LIMIT, SCORE_PENALTY).clone()  # no view, so it can be filled

@@ -1,4 +1,4 @@
-"""Depthwise convolutions: over time and, in the front-end, of images; on a CPU by kernels in C.
+"""Depthwise convolutions: over time and, in the front-end, of images; by kernels on a CPU, and over time on a GPU.
 
 T frames, N utterances, C channels, K taps. Sequences are (T, N, C), images (N, C, T', F') with channels last in memory.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zipformer_crctc import native
+from zipformer_crctc import gpu, native
 
 MAX_TAPS = 64
 """As in csrc/convolution.c."""
@@ -25,6 +25,8 @@ def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """Depthwise convolution over the first axis of (T, N, C), with the weight, bias and padding of `conv`."""
     padding = conv.padding[0]
     assert isinstance(padding, int)
+    if gpu.takes(x) and x.dtype in gpu.DTYPES and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.get_autocast_dtype("cuda"))  # as PyTorch's convolution does
     if len(x) + 2 * padding >= conv.kernel_size[0] and _suits(x, conv):
         return _Depthwise.apply(x, conv.weight, conv.bias, padding)
     # The sequence is, as it lies in memory, an image of T rows, N columns and C channels in channels-last order, for
@@ -42,6 +44,8 @@ def depthwise_conv2d(image: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d) -> bool:
+    if gpu.takes(x) and x.dim() == 4:
+        return False  # for images PyTorch has good kernels there
     channels_last = x if x.dim() == 3 else x.permute(0, 2, 3, 1)
     enough = x.numel() > 0 and conv.weight[0].numel() <= MAX_TAPS and conv.weight.is_contiguous()
     return enough and native.suits(channels_last, conv.weight, conv.bias)
@@ -71,7 +75,7 @@ class _Depthwise(torch.autograd.Function):
         if needs_weight or needs_bias:
             grad_weight, grad_bias = torch.empty_like(weight), weight.new_empty(len(weight)) if needs_bias else None
             sizes, steps = _sizes(x, grad, weight)
-            sums = x.new_empty(sizes[0], weight[0].numel() + 1, len(weight))
+            sums = None if gpu.takes(x) else x.new_empty(sizes[0], weight[0].numel() + 1, len(weight))
             _WEIGHT_GRADIENT(x, grad, sums, grad_weight, grad_bias, *sizes, ctx.padding, *steps)
         return grad_x, grad_weight, grad_bias, None
 
@@ -84,9 +88,10 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, rev
     along = 0 if x.dim() == 3 else 3
     shape = list(x.shape)
     shape[along] += 2 * padding - weight.shape[-1] + 1
-    y = torch.empty(shape, dtype=x.dtype, memory_format=_layout(x))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
     sizes, steps = _sizes(x, y, weight)
-    _CONVOLVE(x, weight, torch.empty_like(weight), bias, y, *sizes, padding, int(reverse), *steps)
+    by_tap = None if gpu.takes(x) else torch.empty_like(weight)
+    _CONVOLVE(x, weight, by_tap, bias, y, *sizes, padding, int(reverse), *steps)
     return y
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc.attention import RelativePositions
 from zipformer_crctc.layers import EncoderLayer, LayerSizes
-from zipformer_crctc.norms import Bypass
+from zipformer_crctc.norms import Bypass, kept
 from zipformer_crctc.schedule import Schedule
 
 
@@ -41,8 +43,25 @@ class Downsample(nn.Module):
             x = repeat_last(x, lengths, x.shape[0] + missing)
         elif missing:
             x = torch.cat([x, x[-1:].expand(missing, -1, -1)])
-        weights = self.bias.softmax(dim=0)[:, None, None]
-        return (x.unflatten(0, (-1, self.factor)) * weights).sum(dim=1)
+        return _WeightedSums.apply(x, self.bias.softmax(dim=0))
+
+
+class _WeightedSums(torch.autograd.Function):
+    """(G * F, N, C) and the weights (F,) of the frames of a group to (G, N, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(kept(x), weights)
+        ctx.dtype = x.dtype
+        return (x.unflatten(0, (-1, len(weights))) * weights[:, None, None]).sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = ctx.saved_tensors
+        grad = grad_outputs[0][:, None]
+        grad_x = (grad * weights[:, None, None]).flatten(0, 1).to(ctx.dtype)
+        return grad_x, (grad * x.unflatten(0, (-1, len(weights)))).sum(dim=(0, 2, 3)).to(weights.dtype)
 
 
 def repeat_last(x: Tensor, lengths: Tensor, frames: int) -> Tensor:

@@ -52,7 +52,12 @@ def in_parts(image: Tensor, hidden_channels: int) -> Sequence[Tensor]:
 
 
 def check_lengths(features: Tensor, num_frames: Tensor) -> None:
-    """Raise ValueError for an utterance too short to give one output frame, or longer than the features."""
+    """Raise ValueError for an utterance too short to give one output frame, or longer than the features.
+
+    Not while a CUDA graph is recorded, as nothing can be read from the device then.
+    """
+    if num_frames.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     shortest, longest = torch.stack(num_frames.aminmax()).tolist()  # one transfer from the device
     if longest > features.shape[1] or shortest < MIN_FEATURE_FRAMES:
         raise ValueError(

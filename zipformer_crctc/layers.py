@@ -7,6 +7,7 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,7 @@ from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAtt
 from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.norms import BiasNorm, Bypass, keep_mask
-from zipformer_crctc.products import Linear
+from zipformer_crctc.products import Linear, mixed_precision
 from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -53,8 +54,13 @@ class FeedForward(nn.Module):
         """(T, N, C) to the same shape."""
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
-        hidden = self.hidden_balancer(hidden)
-        return self.out_whiten(swoosh_linear(hidden, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask))
+        not_kept: AbstractContextManager[None] = nullcontext()
+        if mixed_precision(x) is not None:  # products are cheap then, beside the memory
+            not_kept = computed_again(hidden, partial(self.in_proj, x.detach()))
+        with not_kept:
+            balanced = self.hidden_balancer(hidden)
+            result = swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask)
+        return self.out_whiten(result)
 
 
 class ChunkCausalConv(nn.Module):

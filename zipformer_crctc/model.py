@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zipformer_crctc import lowprecision
 from zipformer_crctc.activations import Dropout
 from zipformer_crctc.config import ModelConfig
 from zipformer_crctc.encoder import Zipformer
@@ -51,6 +52,7 @@ class CtcModel(nn.Module):
 
     def encode(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Encoder output (N, T', max encoder_dim) and the number of output frames (N,)."""
+        lowprecision.new_pass()
         embedded, lengths = self.encoder_embed(features, num_frames, isolate)
         mask = padding_mask(lengths, embedded.shape[1])
         encoded, lengths = self.encoder(embedded.transpose(0, 1), lengths, mask, isolate)

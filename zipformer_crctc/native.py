@@ -1,6 +1,6 @@
-"""C kernels for steps on a CPU: built with the machine's own compiler at first use, and never needed.
+"""Kernels for steps: in C on a CPU, built with the machine's own compiler at first use, and in Triton on a GPU (gpu.py).
 
-Chains of element-wise operations read and write their arrays once in C, where PyTorch does so for each operation. The
+They are never needed. Chains of element-wise operations read and write their arrays once in C, where PyTorch does so for each operation. The
 sources are in csrc. A kernel takes float32 on a CPU; for anything else, without a compiler, or with the environment
 variable ZIPA_NATIVE=0, its caller does the same by PyTorch's operations.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zipformer_crctc import gpu
 from zipformer_crctc.usercache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,10 @@ class Kernel:
         self._function: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Tensor | float | None) -> None:
-        """Run it. Arrays are tensors, which the caller has found fit by `suits`."""
+        """Run it. Arrays are tensors, which the caller has found fit by `suits`; the first argument is one."""
+        if gpu.takes(arguments[0]):
+            gpu.launch(self.name, arguments)
+            return
         if self._function is None:
             library = _library()
             assert library is not None, "a kernel is called only where `suits` says so"
@@ -66,13 +70,22 @@ class Kernel:
 
 
 def suits(*arrays: Tensor | None) -> bool:
-    """Whether kernels are there and take these arrays: float32, on a CPU, values of the last axis side by side."""
+    """Whether kernels are there and take these arrays: all on one device, values of the last axis side by side.
+
+    On a CPU they are float32; on a GPU see gpu.py.
+    """
+    on_gpu = any(gpu.takes(x) for x in arrays)
     for x in arrays:
-        if x is not None and not (x.dtype is torch.float32 and x.is_cpu and (x.is_contiguous() or x.stride(-1) == 1)):
+        if x is not None and not (_is_fit(x, on_gpu) and (x.is_contiguous() or x.stride(-1) == 1)):
             return False
     # What is exported runs elsewhere.
-    exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return _enabled and not exported and not torch.is_autocast_enabled("cpu") and _library() is not None
+    if not _enabled or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return gpu.available() if on_gpu else not torch.is_autocast_enabled("cpu") and _library() is not None
+
+
+def _is_fit(x: Tensor, on_gpu: bool) -> bool:
+    return gpu.takes(x) and x.dtype in gpu.DTYPES and x.numel() > 0 if on_gpu else x.is_cpu and x.dtype is torch.float32
 
 
 @contextmanager

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zipformer_crctc import native
+from zipformer_crctc import lowprecision, native
 from zipformer_crctc.activations import kernel_sizes
 from zipformer_crctc.native import Kernel
+from zipformer_crctc.products import mixed_precision
 from zipformer_crctc.regularisers import at_least_float32, limit_parameter
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
-_bias_norm_kernel = Kernel("bias_norm", "ppppppiiif")
-_bias_norm_gradient_kernel = Kernel("bias_norm_gradient", "pppppppppppiiif")
+_bias_norm_kernel = Kernel("bias_norm", "pppppppiii")
+_bias_norm_gradient_kernel = Kernel("bias_norm_gradient", "ppppppppppppiii")
 _bypass_kernel = Kernel("bypass", "ppppiiiii")
 _bypass_gradient_kernel = Kernel("bypass_gradient", "pppppppiiiii")
 
@@ -34,21 +35,23 @@ class _BiasNormFunction(torch.autograd.Function):
     ) -> Tensor:
         gain = log_scale.exp()
         ctx.with_kernel = (
-            native.suits(x, bias, original, scale)
+            native.suits(x, bias, original, scale, gain)
             and x.is_contiguous()
             and (original is None or (original.is_contiguous() and scale is not None and scale.is_contiguous()))
         )
         if ctx.with_kernel:
-            y, factors = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
-            ctx.sizes = *kernel_sizes(x, scale), float(gain)
-            _bias_norm_kernel(x, bias, original, scale, y, factors, *ctx.sizes)
+            y = torch.empty_like(x, dtype=_common_dtype(x, original, scale))
+            factors = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+            ctx.sizes = kernel_sizes(x, scale)
+            _bias_norm_kernel(x, bias, original, scale, y, factors, gain, *ctx.sizes)
         else:
             wide = at_least_float32(x)
             factors = (wide - bias).square_().mean(-1, keepdim=True).rsqrt_() * gain
             y = (wide * factors).to(x.dtype)
             if original is not None and scale is not None:
                 y = original + (y - original) * scale
-        ctx.save_for_backward(x, bias, gain, original, scale, factors)
+        ctx.dtypes = x.dtype, None if original is None else original.dtype
+        ctx.save_for_backward(kept(x), bias, gain, None if original is None else kept(original), scale, factors)
         return y
 
     @staticmethod
@@ -58,22 +61,38 @@ class _BiasNormFunction(torch.autograd.Function):
         x, bias, gain, original, scale, factors = ctx.saved_tensors
         grad_original = grad_scale = None
         if ctx.with_kernel:
-            grad_x, grad_bias, grad_log = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(gain)
+            grad_x = torch.empty_like(x, dtype=ctx.dtypes[0])
+            grad_bias, grad_log = torch.empty_like(bias), torch.empty_like(gain)
             if original is not None:
-                grad_original, grad_scale = torch.empty_like(original), torch.empty_like(scale)
-            results = (grad_x, grad_bias, grad_original, grad_scale, grad_log)
+                grad_original, grad_scale = torch.empty_like(original, dtype=ctx.dtypes[1]), torch.empty_like(scale)
+            results = (grad_x, grad_bias, grad_original, grad_scale, grad_log, gain)
             _bias_norm_gradient_kernel(x, bias, original, scale, factors, grad.contiguous(), *results, *ctx.sizes)
             return grad_x, grad_bias, grad_log, grad_original, grad_scale
         wide, grad = at_least_float32(x), at_least_float32(grad)
         if original is not None:
             grad_scale = _summed(grad * ((wide * factors).to(x.dtype) - original), scale)
             through = grad * scale
-            grad_original = (grad - through).to(original.dtype)
+            grad_original = (grad - through).to(ctx.dtypes[1])
             grad = through
         along = (grad * wide).sum(-1, keepdim=True)
         inwards = (along * factors.pow(3) / (x.shape[-1] * gain.square())) * (wide - bias)
-        grad_x, grad_bias = (grad * factors - inwards).to(x.dtype), inwards.flatten(0, -2).sum(0)
+        grad_x, grad_bias = (grad * factors - inwards).to(ctx.dtypes[0]), inwards.flatten(0, -2).sum(0)
         return grad_x, grad_bias, (along * factors).sum(), grad_original, grad_scale
+
+
+def kept(x: Tensor) -> Tensor:
+    """x as it is kept for the backward pass: under bfloat16 autocast in half of the memory.
+
+    Such rounding is in all products of the backward pass; layers have made the same copies of some sequences.
+    """
+    return lowprecision.cast(x, torch.bfloat16) if mixed_precision(x) is torch.bfloat16 else x
+
+
+def _common_dtype(x: Tensor, original: Tensor | None, scale: Tensor | None) -> torch.dtype:
+    """Of what a bypass makes of x and the original by a scale, as PyTorch's operations have it; else that of x."""
+    if original is None or scale is None:
+        return x.dtype
+    return torch.promote_types(torch.promote_types(x.dtype, original.dtype), scale.dtype)
 
 
 def _summed(grad: Tensor, like: Tensor) -> Tensor:
@@ -114,13 +133,13 @@ class _BypassFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
-        ctx.save_for_backward(original, x, scale)
-        ctx.repeat = repeat
+        ctx.save_for_backward(kept(original), kept(x), scale)
+        ctx.repeat, ctx.dtypes = repeat, (original.dtype, x.dtype)
         assert len(x) == -(-len(original) // repeat)
         arrays = (original, x, scale)
         ctx.with_kernel = native.suits(*arrays) and all(array.is_contiguous() for array in arrays)
         if ctx.with_kernel:
-            y = torch.empty_like(original)
+            y = torch.empty_like(original, dtype=_common_dtype(x, original, scale))
             ctx.sizes = *original.shape, scale.numel() // scale.shape[-1], repeat
             _bypass_kernel(original, x, scale, y, *ctx.sizes)
             return y
@@ -132,16 +151,17 @@ class _BypassFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         original, x, scale = ctx.saved_tensors
         if ctx.with_kernel:
-            grads = torch.empty_like(original), torch.empty_like(x), torch.empty_like(scale)
+            sequences = (torch.empty_like(y, dtype=dtype) for y, dtype in zip((original, x), ctx.dtypes, strict=True))
+            grads = *sequences, torch.empty_like(scale)
             _bypass_gradient_kernel(original, x, scale, grad.contiguous(), *grads, *ctx.sizes)
             return *grads, None
         grad_scale = _summed(grad * (_repeated(x, ctx.repeat, len(grad)) - original), scale)
         through = grad * scale
-        grad_original = (grad - through).to(original.dtype)
+        grad_original = (grad - through).to(ctx.dtypes[0])
         if ctx.repeat > 1:
             missing = len(x) * ctx.repeat - len(grad)
             through = F.pad(through, (0, 0, 0, 0, 0, missing)).unflatten(0, (-1, ctx.repeat)).sum(dim=1)
-        return grad_original, through.to(x.dtype), grad_scale, None
+        return grad_original, through.to(ctx.dtypes[1]), grad_scale, None
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:
@@ -184,4 +204,4 @@ class Bypass(ScheduledModule):
 
 def keep_mask(x: Tensor, skip_rate: float) -> Tensor:
     """(N, 1) of ones and, with the given probability, zeros, for a sequence x of (T, N, C)."""
-    return torch.rand((x.shape[1], 1), device=x.device).ge_(skip_rate).to(x.dtype)
+    return torch.empty((x.shape[1], 1), dtype=x.dtype, device=x.device).bernoulli_(1.0 - skip_rate)

@@ -22,6 +22,9 @@ from zipformer_crctc.products import missing_to_grid
 from zipformer_crctc.text import UnknownSymbols, normalise, remove_diacritics
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
+Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From features and frame counts to log-probabilities and lengths."""
+
 SUM_NAMES = ("loss", "ctc_loss", "cr_loss", "frames", "utterances", "seconds")
 """What is summed over batches: losses in nats, output frames of 20 ms, utterances, seconds of audio."""
 
@@ -80,11 +83,11 @@ class Objective:
         self.time_mask_ratio = config.train.time_mask_ratio
         self.warp_factor = config.data.spec_aug_time_warp_factor
 
-    def train_loss(self, model: nn.Module, batch: Batch, autocast: torch.autocast, plain: bool = False) -> Loss:
+    def train_loss(self, model: Model, batch: Batch, autocast: torch.autocast, plain: bool = False) -> Loss:
         """Loss of a training batch, augmented.
 
         Args:
-            model: from features and frame counts to log-probabilities and lengths.
+            model: a module, or passes through one.
             batch: on the model's device; an empty one gives a loss of zero that reaches every parameter.
             autocast: context of the forward pass.
             plain: CTC on the features as they are, also where the configuration asks for CR-CTC.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zipformer_crctc import native
+from zipformer_crctc import gpu, native
 from zipformer_crctc.paramstacks import Kernels, Stack, stacks_of
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class ScaledAdam(Optimizer):
         self.clip_factors: list[float] = []
         self._names: dict[int, str] = {}
         self._stacks: list[list[Stack]] = []
+        self._tables: list[Any] = []  # what gpu_optim.py keeps of each group
         super().__init__(_as_groups(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -96,6 +97,7 @@ class ScaledAdam(Optimizer):
             self._names.update((id(p), name) for name, p in named)
         super().add_param_group(group)
         self._stacks.append(stacks_of(self.param_groups[-1]["params"]))
+        self._tables.append(None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, published ones included.
@@ -117,7 +119,7 @@ class ScaledAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._create_missing_state()
-        kernels = [self._kernels(*of_group) for of_group in zip(self.param_groups, self._stacks, strict=True)]
+        kernels = [self._kernels(index) for index in range(len(self.param_groups))]
         self.clip_factors = self._clip_factors(kernels)
         for index, factor in enumerate(self.clip_factors):
             group, stacks, kernel = self.param_groups[index], self._stacks[index], kernels[index]
@@ -129,11 +131,19 @@ class ScaledAdam(Optimizer):
                 self.state[stack.first]["step"] += 1
         return loss
 
-    def _kernels(self, group: dict[str, Any], stacks: Sequence[Stack]) -> Kernels | None:
+    def _kernels(self, index: int) -> Kernels | None:
         """Of a group; None where PyTorch does the work."""
+        group, stacks = self.param_groups[index], self._stacks[index]
         if not stacks or not native.suits(stacks[0].first):
             return None
-        kernels = Kernels(group, stacks, [self.state[stack.first] for stack in stacks])
+        states = [self.state[stack.first] for stack in stacks]
+        if gpu.takes(stacks[0].first):
+            from zipformer_crctc import gpu_optim  # needs Triton
+
+            self._tables[index] = self._tables[index] or gpu_optim.Tables()
+            kernels: Kernels = gpu_optim.GpuKernels(group, stacks, states, self._tables[index])
+        else:
+            kernels = Kernels(group, stacks, states)
         return kernels if kernels.suit() else None
 
     # State

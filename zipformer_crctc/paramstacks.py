@@ -1,4 +1,4 @@
-"""Parameters of equal shape as one tensor each, and the C kernels that update them.
+"""Parameters of equal shape as one tensor each, and the C kernels that update them; those of a GPU are in gpu_optim.py.
 
 Dimension legend: B parameters of one stack (equal dtype and shape), P steps between two updates of the parameter sizes.
 """
@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,50 @@ class Stack:
         return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
 
 
+class Settings(NamedTuple):
+    """Numbers of one step of a group, in the order of the C structure."""
+
+    factor: float
+    """On the gradients; 0 for infinite ones, which count as zero."""
+    beta1: float
+    beta2: float
+    size_beta2: float
+    eps: float
+    rate: float
+    """Negative, as the next two: added to the parameters."""
+    scalar_rate: float
+    size_rate: float
+    correction: float
+    """On the root of the averaged squared gradient, as the next one."""
+    scalar_correction: float
+    min_rms: float
+    max_rms: float
+    scalar_max: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: int, factor: float) -> Settings:
+        """For a step, counted from 0, of a group of the optimizer."""
+        (beta1, beta2), period = group["betas"], group["size_update_period"]
+        size_beta2 = beta2**period
+        correction, size_correction = 1 - beta2 ** (step + 1), 1 - size_beta2 ** ((step + 1) // period)
+        numbers = (
+            factor,
+            beta1,
+            beta2,
+            size_beta2,
+            group["eps"],
+            -group["lr"] * (1 - beta1),
+            -group["lr"] * (1 - beta1) * group["scalar_lr_scale"],
+            -group["lr"] * group["scalar_lr_scale"] * math.sqrt(size_correction),
+            1 / math.sqrt(correction) if correction < 0.99 else 1.0,
+            1 / math.sqrt(correction),
+            group["param_min_rms"],
+            group["param_max_rms"],
+            group["scalar_max"],
+        )
+        return cls(*map(float, numbers))
+
+
 class Kernels:
     """The work on all values of a group in C. For one step: gradients have other addresses in the next.
 
@@ -83,15 +127,16 @@ class Kernels:
             arrays = [state[key] for key in (keys[:2] if stack.is_scalar else keys)]
             self.states += arrays
             self.state_sizes += (n * size, n * size, n, n, n * group["size_update_period"])[: len(arrays)]
-            rows += (n, size, *(x.data_ptr() for x in arrays), *(0 for _ in keys[len(arrays) :]))
-        self.stacks = _int64(rows), len(stacks)
-        self.value_addresses, self.grad_addresses = (_int64(map(Tensor.data_ptr, x)) for x in (self.values, self.grads))
+            rows += (n, size, *map(Tensor.data_ptr, arrays), *((0,) * (len(keys) - len(arrays))))
+        self.stacks = int64(rows), len(stacks)
+        self.value_addresses, self.grad_addresses = (int64(map(Tensor.data_ptr, x)) for x in (self.values, self.grads))
 
     def suit(self) -> bool:
-        """Whether the kernels take all arrays: float32 on a CPU, contiguous, of the expected sizes."""
-        kinds = set(map(attrgetter("dtype", "is_cpu"), (*self.values, *self.grads, *self.states)))
+        """Whether the kernels take all arrays: float32 on one device, contiguous, of the expected sizes."""
+        arrays = (*self.values, *self.grads, *self.states)
         return (
-            kinds == {(torch.float32, True)}
+            set(map(attrgetter("dtype"), arrays)) == {torch.float32}
+            and set(map(Tensor.get_device, arrays)) == {self.params[0].get_device()}
             and all(map(Tensor.is_contiguous, self.states))
             and list(map(Tensor.numel, self.states)) == self.state_sizes
         )
@@ -104,31 +149,17 @@ class Kernels:
 
     def update(self, step: int, factor: float) -> None:
         """As ScaledAdam._update."""
-        group, period = self.group, self.group["size_update_period"]
-        beta1, beta2 = group["betas"]
-        size_beta2 = beta2**period
-        correction, size_correction = 1 - beta2 ** (step + 1), 1 - size_beta2 ** ((step + 1) // period)
-        settings = (  # in the order of the C structure
-            factor,
-            beta1,
-            beta2,
-            size_beta2,
-            group["eps"],
-            -group["lr"] * (1 - beta1),
-            -group["lr"] * (1 - beta1) * group["scalar_lr_scale"],
-            -group["lr"] * group["scalar_lr_scale"] * math.sqrt(size_correction),
-            1 / math.sqrt(correction) if correction < 0.99 else 1.0,
-            1 / math.sqrt(correction),
-            group["param_min_rms"],
-            group["param_max_rms"],
-            group["scalar_max"],
-        )
-        numbers = torch.tensor(settings, dtype=torch.float64)
-        _UPDATE(*self.stacks, self.value_addresses, self.grad_addresses, step % period, period, numbers)
+        period = self.group["size_update_period"]
+        self._update(Settings.of(self.group, step, factor), step % period, period)
         for p, value in zip(self.params, self.values, strict=True):
             if value is not p:
                 p.copy_(value)
         torch.autograd.graph.increment_version(self.params)
+
+    def _update(self, settings: Settings, slot: int, period: int) -> None:
+        """Change the values; slot: of the period, the step's place in scale_grads."""
+        numbers = torch.tensor(settings, dtype=torch.float64)
+        _UPDATE(*self.stacks, self.value_addresses, self.grad_addresses, slot, period, numbers)
 
 
 def stacks_of(params: Sequence[Tensor]) -> list[Stack]:
@@ -139,5 +170,6 @@ def stacks_of(params: Sequence[Tensor]) -> list[Stack]:
     return [Stack(by_key[key]) for key in sorted(by_key)]
 
 
-def _int64(numbers: Iterable[int]) -> Tensor:
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+def int64(numbers: Iterable[int]) -> Tensor:
+    """(number of numbers,), on the CPU"""
+    return torch.frombuffer(array("q", [*numbers]), dtype=torch.int64)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zipformer_crctc import gpu, lowprecision
+
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
 
@@ -36,6 +38,8 @@ def _is_slow_with_mkl() -> bool:
 
 
 HAS_ONEDNN = _has_onednn()
+HAS_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+"""Whether PyTorch multiplies 16-bit matrices on a GPU to a float32 one."""
 MIN_SIZE, INFERENCE_MIN_SIZE = (1 << 26, 1 << 24) if _is_slow_with_mkl() else (math.inf, 1 << 26)
 """Rows times input times output channels, from which oneDNN is taken in training and in inference mode.
 
@@ -55,7 +59,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear: (..., I), (O, I) and (O,) to (..., O)."""
     if _suits_onednn(x, weight, weight.shape[0]):
         return _OnednnLinear.apply(x, weight, bias)
+    if (dtype := mixed_precision(x)) is not None:
+        return _MixedLinear.apply(x, weight, bias, dtype)
     return F.linear(x, weight, bias)
+
+
+def mixed_precision(x: Tensor) -> torch.dtype | None:
+    """The 16-bit type of products with x, a float32 or 16-bit array on a GPU, under autocast; None for none."""
+    if not gpu.takes(x) or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return None if exported else torch.get_autocast_dtype(x.device.type)
+
+
+class _MixedLinear(torch.autograd.Function):
+    """A linear layer under autocast with few operations besides its products: a GPU waits for launches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        low = lowprecision.cast(x, dtype)
+        ctx.save_for_backward(low, weight)
+        ctx.dtype = x.dtype
+        return _linear_in(low, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        low, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        (grad,) = grad_outputs
+        grad_x = grad_of_input(grad, weight, ctx.dtype) if needs_x else None
+        return grad_x, *grads_of_parameters(grad, low if needs_weight else None, weight, needs_bias), None
+
+
+def _linear_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` in the type of x, without gradient."""
+    rows, low = x.reshape(-1, x.shape[-1]), lowprecision.copy_of(weight, x.dtype)
+    if bias is None:
+        return torch.mm(rows, low.t()).view(*x.shape[:-1], -1)
+    return torch.addmm(lowprecision.copy_of(bias, x.dtype), rows, low.t()).view(*x.shape[:-1], -1)
 
 
 def over_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -95,12 +136,12 @@ class _OnednnLinear(torch.autograd.Function):
         return grad_x, *grads_of_parameters(grad, y, weight, needs_bias)
 
 
-def grad_of_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the input of `linear` from that of its output: (..., O) and (O, I) to (..., I)."""
+def grad_of_input(grad: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Gradient of the input of `linear` from that of its output: (..., O) and (O, I) to (..., I), of a dtype if given."""
     rows = grad.reshape(-1, weight.shape[0])
     if _suits_onednn(rows, weight, weight.shape[1]):
         return _onednn(_to_grid(rows), weight.t())[: len(rows)].view(*grad.shape[:-1], -1)
-    return torch.mm(rows, weight.to(rows.dtype)).view(*grad.shape[:-1], -1)
+    return _product(rows, lowprecision.copy_of(weight, rows.dtype), dtype or rows.dtype).view(*grad.shape[:-1], -1)
 
 
 def grads_of_parameters(
@@ -108,8 +149,21 @@ def grads_of_parameters(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the weight and of the bias of `linear`, from that of its output and its input, where given."""
     rows = grad.reshape(-1, weight.shape[0])
-    of_weight = None if x is None else over_rows(rows, x.reshape(-1, weight.shape[1]).to(rows.dtype)).to(weight.dtype)
-    return of_weight, rows.sum(dim=0).to(weight.dtype) if with_bias else None
+    of_weight = None
+    if x is not None:
+        columns = x.reshape(-1, weight.shape[1]).to(rows.dtype)
+        if rows.dtype == weight.dtype:
+            of_weight = over_rows(rows, columns)
+        else:
+            of_weight = _product(rows.t(), columns, weight.dtype)
+    return of_weight, rows.sum(dim=0, dtype=weight.dtype) if with_bias else None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, S) and (S, T) to (R, T) in the given type; of 16-bit operands the sums are float32."""
+    if dtype == torch.float32 != a.dtype and a.is_cuda and HAS_WIDE_PRODUCTS:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
 
 
 def missing_to_grid(size: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zipformer_crctc import native
+from zipformer_crctc import gpu, native
 from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import linear, over_rows
 from zipformer_crctc.schedule import Schedule, ScheduledModule
@@ -44,14 +44,30 @@ _limited_kernel = Kernel("limited", "pppiff")
 
 
 def _rows(x: Tensor, dim: int) -> Tensor | None:
-    """x as (R, C) for the kernels, its channels from axis `dim`; None where that is not how it lies in memory."""
+    """x as (R, C) for the kernels, its channels from axis `dim`; None where they do not take it.
+
+    It is a view of x, but for what lies otherwise in the memory of a GPU: to copy it is one launch more, and to do
+    without the kernels many.
+    """
     last = x if dim == -1 else x.movedim(dim, -1)
     if not native.suits(last):
-        return None
+        if not (gpu.takes(last) and native.suits(last.new_empty(1))):
+            return None
+        last = last.contiguous()
+    if gpu.takes(last):
+        return last.reshape(-1, last.shape[-1])
     try:
         return last.view(-1, last.shape[-1])
     except RuntimeError:
         return None
+
+
+def _wide_rows(x: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """x and its rows for the kernels, or for PyTorch's operations: float32 at least where it is not the GPU's."""
+    if gpu.takes(x) and (rows := _rows(x, dim)) is not None:
+        return x, rows
+    x = at_least_float32(x)
+    return x, _rows(x, dim)
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,9 @@ class _Moments:
     def of(x: Tensor, dim: int) -> _Moments:
         others = [axis for axis in range(x.dim()) if axis != dim % x.dim()]
         count = x.numel() // x.shape[dim]
-        if (rows := _rows(x, dim)) is not None:
-            mean, variance = x.new_empty(2, rows.shape[1])
+        x, rows = _wide_rows(x, dim)
+        if rows is not None:
+            mean, variance = x.new_empty(2, rows.shape[1], dtype=torch.float32)
             _moments_kernel(rows, mean, variance, *rows.shape, rows.stride(0))
             shape = [1] * x.dim()
             shape[dim] = -1
@@ -113,7 +130,7 @@ class _BalancerFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits, ctx.scale, ctx.dim, ctx.parts = limits, scale, dim, parts
-        parts.append(_Moments.of(at_least_float32(x), dim))  # all are there before the backward pass of any
+        parts.append(_Moments.of(x, dim))  # all are there before the backward pass of any
         return x.view_as(x)
 
     @staticmethod
@@ -121,18 +138,19 @@ class _BalancerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        x = at_least_float32(saved)
         moments = _Moments.of_all(ctx.parts)
         mean, variance = moments.mean, moments.variance
-        rows, grads = _rows(x, ctx.dim), _rows(grad, ctx.dim)
+        x, rows = _wide_rows(saved, ctx.dim)
+        grads = _rows(grad, ctx.dim)
         if rows is not None and grads is not None:
-            result = torch.empty_like(grad)
-            if (results := _rows(result, ctx.dim)) is not None:
-                _balance_kernel(
-                    *(rows, mean, variance, grads, results, x.new_empty(2, rows.shape[1])),
-                    *(*rows.shape, rows.stride(0), grads.stride(0), results.stride(0), ctx.scale, *ctx.limits),
-                )
-                return result, None, None, None, None
+            results = torch.empty_like(grads, memory_format=torch.contiguous_format)
+            work = None if gpu.takes(x) else x.new_empty(2, rows.shape[1])
+            _balance_kernel(
+                *(rows, mean, variance, grads, results, work, *rows.shape),
+                *(rows.stride(0), grads.stride(0), results.stride(0), ctx.scale, *ctx.limits),
+            )
+            result = results.view(grad.movedim(ctx.dim, -1).shape).movedim(-1, ctx.dim)
+            return result, None, None, None, None
         min_mean, max_mean, min_rms, max_rms = ctx.limits
         std = variance.clamp(min=1e-20).sqrt()
         rms = (variance + mean.square()).clamp(min=1e-20).sqrt()
@@ -219,13 +237,17 @@ def whitening_metric(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return metric, slope()
 
 
+def _check_groups(channels: int, num_groups: int) -> None:
+    if channels % num_groups:
+        raise ValueError(f"{channels} channels cannot be shared out among {num_groups} groups of equal size")
+
+
 def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]]:
     """The metric, and what computes its gradient, which takes as long again and is hardly ever asked for."""
     channels = x.shape[-1]
-    if channels % num_groups:
-        raise ValueError(f"{channels} channels cannot be shared out among {num_groups} groups of equal size")
+    _check_groups(channels, num_groups)
     rows = x.reshape(-1, channels)
-    if native.suits(rows):
+    if native.suits(rows) and not gpu.takes(rows):
         centred, metric = torch.empty_like(rows, memory_format=torch.contiguous_format), x.new_empty(())
         _centred_kernel(rows, x.new_empty(channels), centred, *rows.shape, rows.stride(0))
         covariance = over_rows(centred, centred)
@@ -246,6 +268,13 @@ def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]
     return metric, slope
 
 
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """bfloat16 under such autocast; the range of float16 is too small for what is not yet scaled."""
+    kind = x.device.type
+    with_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
+    return torch.bfloat16 if with_bfloat16 else torch.float32
+
+
 class _WhitenFunction(torch.autograd.Function):
     """Adds to the gradient a multiple of the metric's gradient where the metric is above the limit."""
 
@@ -254,6 +283,7 @@ class _WhitenFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.module = module
         ctx.limit = module.value(module.whitening_limit)
+        ctx.dtype = _dtype_of_products(x) if gpu.takes(x) else None
         return x.view_as(x)
 
     @staticmethod
@@ -263,6 +293,15 @@ class _WhitenFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         module: Whiten = ctx.module
         with torch.autocast(x.device.type, enabled=False):
+            rows, grads = (_rows(x, -1), _rows(grad, -1)) if gpu.takes(x) else (None, None)
+            if rows is not None and grads is not None:
+                _check_groups(x.shape[-1], module.num_groups)
+                result = torch.empty_like(grads, memory_format=torch.contiguous_format)
+                found = x.new_empty(2, dtype=torch.float32)
+                settings = module.num_groups, ctx.limit, module.grad_scale, ctx.dtype
+                gpu.launch("whiten", (rows, grads, result, found, *settings))
+                module.expect(found)
+                return result.view(grad.shape), None
             metric, slope = _whitening(at_least_float32(x), module.num_groups)
             if metric < ctx.limit:
                 module.prob = module.min_prob
@@ -275,6 +314,28 @@ class _WhitenFunction(torch.autograd.Function):
                 return result.to(grad.dtype), None
             size = module.grad_scale * wide_grad.norm() / (push.norm() + 1e-20)
             return torch.addcmul(wide_grad, push, size).to(grad.dtype), None
+
+
+class _Arriving:
+    """A tensor on its way to the host, where reading it waits until it is there.
+
+    The host launches work ahead of a GPU, which it would wait for if it read a result at once.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._event: torch.cuda.Event | None = None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # each replay of the CUDA graph will write to it
+        self._x = x.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        if x.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(x.device))
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._x.tolist()
 
 
 class Whiten(ScheduledModule):
@@ -294,8 +355,29 @@ class Whiten(ScheduledModule):
         self.num_groups = num_groups
         self.whitening_limit = whitening_limit
         self.grad_scale = grad_scale
-        # Checks are rare while the metric stays below the limit.
         self.prob = self.max_prob
+
+    @property
+    def prob(self) -> float:
+        """Probability of a check, which is rare while the metric stays below the limit."""
+        if self._expected is not None:
+            _, at_limit = self._expected.read()
+            self.prob = self.max_prob if at_limit else self.min_prob
+        return self._prob
+
+    @prob.setter
+    def prob(self, value: float) -> None:
+        self._prob = value
+        self._expected: _Arriving | None = None
+
+    def expect(self, found: Tensor) -> None:
+        """Let the last check decide about the next: the metric, and whether it is not below the limit, on a GPU."""
+        self._expected = _Arriving(found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module's attributes; what is on its way cannot be copied, so it is waited for."""
+        self.prob = self.prob
+        return vars(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and x.requires_grad) or random.random() >= self.prob:

@@ -31,6 +31,7 @@ from zipformer_crctc.badbatches import report_infinite, save_bad_batches
 from zipformer_crctc.batches import FINGERPRINTS
 from zipformer_crctc.commandline import TrainArgs, parse_train_args, run_program
 from zipformer_crctc.config import Config, config_to_dict
+from zipformer_crctc.cudagraphs import GraphedPasses
 from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.distributed import Process, launch, process_group
 from zipformer_crctc.loader import Batch
@@ -151,6 +152,11 @@ class Trainer:
             self.wrapped = DistributedDataParallel(
                 self.model, find_unused_parameters=True, gradient_as_bucket_view=True
             )
+        # Replayed passes replace gradients, which nothing may have added to before.
+        alone = process.world_size == 1 and config.train.grad_accumulation == 1 and not config.model.use_unsup_cr_ctc
+        self.passes: GraphedPasses | nn.Module = self.wrapped
+        if process.device.type == "cuda" and config.train.cuda_graphs and alone and not config.train.inf_check:
+            self.passes = GraphedPasses(self.model)
         self.unsup_batches = iter(state.unsup_loader) if state.unsup_loader is not None else None
         self.window: list[tuple[Batch, Tensor]] = []
         self.metrics = MetricsWriter(
@@ -306,6 +312,8 @@ class Trainer:
             logger.warning("training texts: %s", report)
 
     def _save(self, name: str, copies: Sequence[str] = ()) -> None:
+        if isinstance(self.passes, GraphedPasses):
+            self.passes.clear()  # a run that goes on from here has none either
         self.state.save(name, copies, accumulating=bool(self.window))
 
     def _end_early(self) -> None:
@@ -341,7 +349,7 @@ class Trainer:
             wait = self.wrapped.no_sync()
         with wait, naming_batch([batch.utterances]):
             plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
-            loss = self.objective.train_loss(self.wrapped, batch.to(self.process.device), self.autocast, plain)
+            loss = self.objective.train_loss(self.passes, batch.to(self.process.device), self.autocast, plain)
             self.state.scaler.scale(loss.total * scale).backward()
         self.window.append((batch, loss.total.detach()))
         return loss.sums

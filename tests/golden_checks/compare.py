@@ -33,7 +33,7 @@ def compare(name: str, got: Tensor, want: Tensor, rel: float, floor: float = 0.0
         return Comparison(name, float("inf"), float("inf"), False, f"shape {tuple(got.shape)}, not {tuple(want.shape)}")
     if want.numel() == 0:
         return Comparison(name, 0.0, 0.0, True)
-    got64, want64 = got.detach().to(torch.float64), want.to(torch.float64)
+    got64, want64 = got.detach().cpu().to(torch.float64), want.cpu().to(torch.float64)
     difference = (got64 - want64).abs().max().item()
     size = max(want64.abs().max().item(), floor)
     relative = 0.0 if difference == 0.0 else difference / size if size > 0.0 else float("inf")
@@ -50,7 +50,7 @@ def compare_abs(name: str, got: Tensor, want: Tensor, limit: float) -> Compariso
 def exact(name: str, got: Any, want: Any) -> Comparison:
     """Equality of anything; tensors must agree in every element."""
     if isinstance(want, Tensor):
-        equal = got.shape == want.shape and bool(torch.equal(got.to(want.dtype), want))
+        equal = got.shape == want.shape and bool(torch.equal(got.cpu().to(want.dtype), want.cpu()))
     else:
         equal = got == want
     error = 0.0 if equal else float("inf")
@@ -68,7 +68,7 @@ class Fixture:
 
     @classmethod
     def read(cls, path: Path) -> Fixture:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "pt", device=str(torch.get_default_device())) as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         return cls(path, tensors, metadata, json.loads(metadata.get("config", "{}")))

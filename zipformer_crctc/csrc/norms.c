@@ -14,8 +14,9 @@ static void add_parts(const float *parts, float *sum, int64_t size) {
 /* norm = x factor with factor = gain / rms(x - bias) of each row, and y = norm, or with an original
  * y = original + (norm - original) * scale, scale (S, C) of row % S. Writes the factors (R). */
 void bias_norm(const float *restrict x, const float *restrict bias, const float *restrict original,
-               const float *restrict scale, float *restrict y, float *restrict factors, int64_t rows, int64_t scales,
-               int64_t channels, float gain) {
+               const float *restrict scale, float *restrict y, float *restrict factors, const float *gain_of,
+               int64_t rows, int64_t scales, int64_t channels) {
+    const float gain = *gain_of;
 #pragma omp parallel for if (rows * channels > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++) {
         const float *in = x + row * channels;
@@ -39,8 +40,9 @@ void bias_norm(const float *restrict x, const float *restrict bias, const float 
 void bias_norm_gradient(const float *restrict x, const float *restrict bias, const float *restrict original,
                         const float *restrict scale, const float *restrict factors, const float *restrict grad,
                         float *restrict grad_x, float *restrict grad_bias, float *restrict grad_original,
-                        float *restrict grad_scale, float *restrict grad_gain, int64_t rows, int64_t scales,
-                        int64_t channels, float gain) {
+                        float *restrict grad_scale, float *restrict grad_gain, const float *gain_of, int64_t rows,
+                        int64_t scales, int64_t channels) {
+    const float gain = *gain_of;
     int64_t scale_size = original ? scales * channels : 0, size = channels + 1 + scale_size;
     float *parts = calloc(PARTS * size, sizeof *parts), *sums = malloc(size * sizeof *sums);
 #pragma omp parallel for if (rows * channels > PARALLEL_FROM)

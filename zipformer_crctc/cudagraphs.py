@@ -1,0 +1,164 @@
+"""Passes through a model as CUDA graphs: what the host launches for a shape is recorded and then replayed.
+
+A pass and its backward pass are thousands of launches, each of which costs the host about ten microseconds: at the
+published batch that is several times the work of the GPU. A replay is one launch.
+
+A recording holds the decisions of its pass, such as which Balancers act, and the values of all schedules. So each is
+replayed REPLAYS times at most and then made anew: a decision is as probable in every step as without graphs, but those
+of neighbouring steps of one shape are the same. What is drawn on the GPU (dropout, layer-drop) is new in each replay.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_crctc.regularisers import Whiten
+
+logger = logging.getLogger(__name__)
+
+REPLAYS = 50
+"""A recording costs about two passes without graphs."""
+MAX_RECORDINGS = 64
+"""The one that was not used for longest goes first. They share their memory, but each has a few MB of its own."""
+
+
+@dataclass
+class _Recording:
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    features: Tensor
+    num_frames: Tensor
+    log_probs: Tensor
+    lengths: Tensor
+    grad: Tensor
+    """of the log-probabilities"""
+    used: list[int]
+    """which parameters have gradients"""
+    replays: int = 0
+
+
+class GraphedPasses:
+    """A model whose training passes on a GPU are replayed. One at a time: a backward pass follows each forward pass.
+
+    Gradients are those of the last backward pass; they are not added to what is there, so none may be there.
+
+    Args:
+        model: from features and frame counts to log-probabilities and lengths, all on one GPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.seconds_of_last_recording = 0.0
+        self._gradients: list[Tensor] = []
+        self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
+        self._pool: Any = None
+        self._recordings: OrderedDict[tuple[Any, ...], _Recording | None] = OrderedDict()
+        self._works = True
+
+    def __call__(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """As the model. The first pass of a shape is not recorded, as it may be the only one."""
+        if not (self._works and self.model.training and torch.is_grad_enabled()):
+            return self.model(features, num_frames)
+        key = (features.shape, features.dtype, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        if key not in self._recordings:
+            self._recordings[key] = None
+            return self.model(features, num_frames)
+        recording = self._recordings.pop(key)
+        if recording is None or recording.replays >= REPLAYS:
+            del recording  # its memory is there for the next one
+            if len(self._recordings) >= MAX_RECORDINGS:
+                self._recordings.popitem(last=False)
+            try:
+                recording = self._recorded(features, num_frames)
+            except torch.OutOfMemoryError:
+                logger.warning("not enough memory to record passes: training goes on without CUDA graphs")
+                self.clear()
+                self._works = False
+                torch.cuda.empty_cache()
+                return self.model(features, num_frames)
+        self._recordings[key] = recording
+        recording.replays += 1
+        return _Replay.apply(self._anchor, recording, self, features, num_frames)
+
+    def clear(self) -> None:
+        """Forget all recordings, so that what comes next does not depend on them."""
+        self._recordings.clear()
+
+    def _recorded(self, features: Tensor, num_frames: Tensor) -> _Recording:
+        started = time.perf_counter()
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(p) for p in self.parameters]
+            self._pool = torch.cuda.graph_pool_handle()
+        features, num_frames = features.clone(), num_frames.clone()
+        whitens = [module for module in self.model.modules() if isinstance(module, Whiten)]
+        decisions, probs = random.getstate(), [whiten.prob for whiten in whitens]
+        kind, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        grad: Tensor | None = None
+
+        def forward_pass() -> tuple[Tensor, Tensor]:
+            # Casts of weights must be part of what is recorded, and not be kept from before.
+            torch.clear_autocast_cache()
+            with torch.autocast("cuda", kind, enabled, cache_enabled=False):
+                return self.model(features, num_frames)
+
+        def backward_pass(log_probs: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.autocast("cuda", enabled=False):
+                return torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
+
+        # Once without recording, with the same decisions: kernels are compiled and loaded now, libraries set up.
+        log_probs, lengths = forward_pass()
+        grad = torch.zeros_like(log_probs)
+        backward_pass(log_probs)
+        del log_probs, lengths
+        random.setstate(decisions)
+        for whiten, prob in zip(whitens, probs, strict=True):
+            whiten.prob = prob
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, such as that which pins the memory of batches, may do as they like.
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+            log_probs, lengths = forward_pass()
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
+            gradients = backward_pass(log_probs)
+            used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+            torch._foreach_copy_([self._gradients[index] for index in used], [gradients[index] for index in used])
+        del gradients
+        torch.cuda.synchronize()
+        self.seconds_of_last_recording = time.perf_counter() - started
+        logger.debug("recorded passes of %s in %.2f s", tuple(features.shape), self.seconds_of_last_recording)
+        return _Recording(forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used)
+
+
+class _Replay(torch.autograd.Function):
+    """Replays a recording; its backward pass gives the parameters their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, recording: _Recording, passes: GraphedPasses, features: Tensor, num_frames: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        recording.features.copy_(features)
+        recording.num_frames.copy_(num_frames)
+        recording.forward.replay()
+        ctx.recording, ctx.passes = recording, passes
+        log_probs, lengths = recording.log_probs.detach(), recording.lengths.detach()
+        ctx.mark_non_differentiable(lengths)
+        return log_probs, lengths
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None]:
+        recording, passes = ctx.recording, ctx.passes
+        recording.grad.copy_(grad_outputs[0])
+        recording.backward.replay()
+        for index in recording.used:
+            p = passes.parameters[index]
+            assert p.grad is None, "gradients of replayed passes cannot be added up"
+            p.grad = passes._gradients[index]
+        return None, None, None, None, None
