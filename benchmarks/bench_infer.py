@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from benchmarks import peer, speed
 from benchmarks.results_file import result_path
 from benchmarks.speed import BATCH_COUNT, OURS, Case, Work
 from zipformer_crctc.audio import load_audio
-from zipformer_crctc.features import SAMPLING_RATE, Fbank
+from zipformer_crctc.features import SAMPLING_RATE, Fbank, num_feature_frames
+from zipformer_crctc.flac import decode
 from zipformer_crctc.memory import keep_freed_memory
 from zipformer_crctc.model import build_model
 from zipformer_crctc.presets import PRESETS
@@ -83,11 +85,20 @@ def make(case: Case, who: str) -> Work:
         noise = 0.1 * rng.standard_normal(round(case.seconds * SAMPLING_RATE))
         soundfile.write(path, noise.astype(np.float32), SAMPLING_RATE, subtype="PCM_16")
 
-    def read() -> Tensor:
-        return torch.stack(fbank.batch([torch.from_numpy(load_audio(path)[0]) for path in paths]))
+    pool = ThreadPoolExecutor()
 
+    def read() -> Tensor:
+        if not case.on_gpu:
+            return torch.stack(fbank.batch([torch.from_numpy(load_audio(path)[0]) for path in paths]))
+        # As decode.py: workers decode, and the GPU makes the features.
+        mirrored = torch.stack(
+            list(pool.map(lambda path: fbank.mirrored(torch.from_numpy(decode(path.read_bytes())[0])), paths))
+        )
+        return fbank.of_mirrored(mirrored.to(case.device), num_frames)
+
+    frames = num_feature_frames(round(case.seconds * SAMPLING_RATE))
+    num_frames = torch.full((case.utterances,), frames, device=case.device)
     features = read().to(case.device)
-    num_frames = torch.full((case.utterances,), features.shape[1], device=case.device)
 
     def forward(given: Tensor) -> tuple[Tensor, Tensor]:
         with autocast:

@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 pytest.importorskip("triton", reason="no GPU kernels: the package triton is not installed")
 
-from zipformer_crctc import gpu, native
+from zipformer_crctc import gpu, native  # noqa: E402  (kernels are made when they are imported)
 
 Compute = Callable[[list[Tensor]], Tensor]
 
@@ -31,7 +31,10 @@ def kernels() -> Iterator[None]:
 
 
 def assert_same(compute: Compute, inputs: list[Tensor], tolerance: float = 2e-5) -> None:
-    """Outputs and gradients of the kernels in float32 are those of PyTorch's operations in float64."""
+    """Outputs and gradients of the kernels in float32 are those of PyTorch's operations in float64.
+
+    Or as near as PyTorch's in float32, for sums that nearly cancel.
+    """
     torch.manual_seed(2)
     inputs = [x.to(DEVICE) for x in inputs]
 
@@ -44,7 +47,8 @@ def assert_same(compute: Compute, inputs: list[Tensor], tolerance: float = 2e-5)
     with kernels():
         found = results(torch.float32)
     with native.disabled():
-        wanted = results(torch.float64)
-    for got, want in zip(found, wanted, strict=True):
+        wanted, plain = results(torch.float64), results(torch.float32)
+    for got, near, want in zip(found, plain, wanted, strict=True):
         assert got.dtype == torch.float32
-        assert (got.double() - want).abs().max() <= tolerance * want.detach().abs().max().clamp(min=1e-9)
+        allowed = max(float(3.0 * (near - want).abs().max()), tolerance * float(want.detach().abs().max()))
+        assert (got.double() - want).abs().max() <= allowed

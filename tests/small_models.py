@@ -86,10 +86,10 @@ def loud_first_channel(metric: float, channels: int, groups: int = 1) -> Tensor:
 
 def draw_parameters(module: ModuleT, scale: float = 0.5, seed: int = 0) -> ModuleT:
     """Give every parameter new random values; initial ones leave too many modules close to zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, device="cpu"))
     return module
 
 

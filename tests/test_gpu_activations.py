@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gpu_device import DEVICE, assert_same, kernels
-
 from zipformer_crctc import gpu
 from zipformer_crctc.activations import (
     SWOOSH_L,
@@ -18,6 +17,7 @@ from zipformer_crctc.activations import (
     swoosh_r,
     tanh_gated,
 )
+from zipformer_crctc.gpu_activations import column_sums
 from zipformer_crctc.norms import _BiasNormFunction, _BypassFunction
 from zipformer_crctc.regularisers import limit_parameter
 
@@ -70,6 +70,15 @@ def test_bias_norm(scale: tuple[int, ...] | None) -> None:
 def test_bypass(scale: tuple[int, ...], repeat: int) -> None:
     inputs = [torch.randn(T, N, C), torch.randn(-(-T // repeat), N, C), torch.rand(scale)]
     assert_same(lambda given: _BypassFunction.apply(*given, repeat), inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 70])
+def test_column_sums(rows: int) -> None:
+    x = torch.randn(rows, 2 * C, device=DEVICE).bfloat16()[:, :C]
+    with kernels():
+        got = column_sums(x)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, x.float().sum(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_limits_of_parameters() -> None:

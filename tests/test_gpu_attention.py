@@ -8,7 +8,6 @@ from torch import nn
 
 from gpu_device import DEVICE, kernels
 from test_attention import Attention, results, test_weights_take_gradients_of_any_operation
-
 from zipformer_crctc import native
 
 

@@ -3,9 +3,10 @@
 A pass and its backward pass are thousands of launches, each of which costs the host about ten microseconds: at the
 published batch that is several times the work of the GPU. A replay is one launch.
 
-A recording holds the decisions of its pass, such as which Balancers act, and the values of all schedules. So each is
-replayed REPLAYS times at most and then made anew: a decision is as probable in every step as without graphs, but those
-of neighbouring steps of one shape are the same. What is drawn on the GPU (dropout, layer-drop) is new in each replay.
+A recording holds the decisions of its pass, such as which Balancers act, and the values of all schedules. So it is
+replayed a number of times at most, or until schedules have moved on, and then made anew: a decision is as probable in
+every step as without graphs, but the steps of one shape between two recordings share it. What is drawn on the GPU
+(dropout, layer-drop) is new in each replay.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_crctc.regularisers import Whiten
+from zipformer_crctc.schedule import ScheduledModule, named_schedules
 
 logger = logging.getLogger(__name__)
 
-REPLAYS = 50
-"""A recording costs about two passes without graphs."""
+REPLAYS = 200
+"""A recording costs several passes without graphs."""
+MAX_AGE, MAX_STEP = 0.1, 0.02
+"""Relative changes of the adjusted batch count while schedules still change: after which a recording is made anew, and
+up to which, since a shape was last seen, one is worth its cost."""
 MAX_RECORDINGS = 64
 """The one that was not used for longest goes first. They share their memory, but each has a few MB of its own."""
 
@@ -42,6 +47,8 @@ class _Recording:
     """of the log-probabilities"""
     used: list[int]
     """which parameters have gradients"""
+    batch_count: float
+    """adjusted, up to where schedules change"""
     replays: int = 0
 
 
@@ -61,7 +68,10 @@ class GraphedPasses:
         self._gradients: list[Tensor] = []
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self._pool: Any = None
-        self._recordings: OrderedDict[tuple[Any, ...], _Recording | None] = OrderedDict()
+        self._recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
+        self._seen: dict[tuple[Any, ...], float] = {}
+        self._clock = next(module for module in model.modules() if isinstance(module, ScheduledModule))
+        self._last_change = max(schedule.counts[-1] for _, schedule in named_schedules(model))
         self._works = True
 
     def __call__(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,13 +79,14 @@ class GraphedPasses:
         if not (self._works and self.model.training and torch.is_grad_enabled()):
             return self.model(features, num_frames)
         key = (features.shape, features.dtype, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-        if key not in self._recordings:
-            self._recordings[key] = None
-            return self.model(features, num_frames)
-        recording = self._recordings.pop(key)
-        if recording is None or recording.replays >= REPLAYS:
-            del recording  # its memory is there for the next one
-            if len(self._recordings) >= MAX_RECORDINGS:
+        now, seen = self._batch_count(), self._seen.get(key)
+        self._seen[key] = now
+        recording = self._recordings.pop(key, None)
+        if recording is None or recording.replays >= REPLAYS or now > (1.0 + MAX_AGE) * recording.batch_count:
+            recording = None  # its memory is there for the next one
+            if seen is None or now - seen > MAX_STEP * now:
+                return self.model(features, num_frames)
+            while len(self._recordings) >= MAX_RECORDINGS:
                 self._recordings.popitem(last=False)
             try:
                 recording = self._recorded(features, num_frames)
@@ -90,8 +101,13 @@ class GraphedPasses:
         return _Replay.apply(self._anchor, recording, self, features, num_frames)
 
     def clear(self) -> None:
-        """Forget all recordings, so that what comes next does not depend on them."""
+        """Forget all recordings and shapes, so that what comes next does not depend on them."""
         self._recordings.clear()
+        self._seen.clear()
+
+    def _batch_count(self) -> float:
+        """The adjusted batch count, up to where schedules change."""
+        return self._last_change if self._clock.batch_count is None else min(self._clock.batch_count, self._last_change)
 
     def _recorded(self, features: Tensor, num_frames: Tensor) -> _Recording:
         started = time.perf_counter()
@@ -111,8 +127,13 @@ class GraphedPasses:
                 return self.model(features, num_frames)
 
         def backward_pass(log_probs: Tensor) -> tuple[Tensor | None, ...]:
+            # Each gradient goes where it stays at once, so that there are never two of all.
+            hooks = [p.register_hook(kept.copy_) for p, kept in zip(self.parameters, self._gradients, strict=True)]
             with torch.autocast("cuda", enabled=False):
-                return torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
+                gradients = torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
+            for hook in hooks:
+                hook.remove()
+            return gradients
 
         # Once without recording, with the same decisions: kernels are compiled and loaded now, libraries set up.
         log_probs, lengths = forward_pass()
@@ -128,13 +149,13 @@ class GraphedPasses:
             log_probs, lengths = forward_pass()
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             gradients = backward_pass(log_probs)
-            used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-            torch._foreach_copy_([self._gradients[index] for index in used], [gradients[index] for index in used])
-        del gradients
+        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
         torch.cuda.synchronize()
         self.seconds_of_last_recording = time.perf_counter() - started
         logger.debug("recorded passes of %s in %.2f s", tuple(features.shape), self.seconds_of_last_recording)
-        return _Recording(forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used)
+        return _Recording(
+            forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used, self._batch_count()
+        )
 
 
 class _Replay(torch.autograd.Function):

@@ -13,6 +13,8 @@ from torch import Tensor
 from zipformer_crctc.gpu_tiles import grid_of, places, tile_of
 
 ELEMENTS = 1024
+SUM_PROGRAMS = 1056
+"""Programs that add up the rows of an array: eight for each multiprocessor."""
 
 
 @triton.jit
@@ -190,3 +192,28 @@ def _limited(x, grad, result, count, minimum, maximum, block: tl.constexpr):
 def limited(x: Tensor, grad: Tensor, result: Tensor, count: int, minimum: float, maximum: float) -> None:
     """The gradient, its sign flipped where it would push x further outside the limits."""
     _limited[(triton.cdiv(count, ELEMENTS),)](x, grad, result, count, minimum, maximum, ELEMENTS)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def _column_sums(x, sums, rows, channels, stride, each, block_rows: tl.constexpr, block_channels: tl.constexpr):
+    part = tl.program_id(0)
+    channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    total = tl.zeros([block_rows, block_channels], dtype=tl.float32)
+    for start in range(part * each, tl.minimum(part * each + each, rows), block_rows):
+        row = start + tl.arange(0, block_rows)
+        inside = (row < tl.minimum(part * each + each, rows))[:, None] & (channel < channels)[None, :]
+        place = row.to(tl.int64)[:, None] * stride + channel[None, :]
+        total += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + part * channels + channel, tl.sum(total, axis=0), mask=channel < channels)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sums over the rows of x (R, C), in float32: (C,)."""
+    rows, channels = x.shape
+    wide = min(128, triton.next_power_of_2(channels))
+    columns = triton.cdiv(channels, wide)
+    each = 32 * triton.cdiv(rows, 32 * max(1, SUM_PROGRAMS // columns))
+    parts = triton.cdiv(rows, each)
+    sums = torch.empty(parts, channels, dtype=torch.float32, device=x.device)
+    _column_sums[(parts, columns)](x, sums, rows, channels, x.stride(0), each, ELEMENTS * 2 // wide, wide)
+    return sums.sum(dim=0)

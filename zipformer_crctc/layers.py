@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zipformer_crctc import lowprecision
 from zipformer_crctc.activations import (
     SWOOSH_L,
     SWOOSH_R,
@@ -55,8 +56,8 @@ class FeedForward(nn.Module):
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
         not_kept: AbstractContextManager[None] = nullcontext()
-        if mixed_precision(x) is not None:  # products are cheap then, beside the memory
-            not_kept = computed_again(hidden, partial(self.in_proj, x.detach()))
+        if (dtype := mixed_precision(x)) is not None:  # products are cheap then, beside the memory
+            not_kept = computed_again(hidden, partial(self.in_proj, lowprecision.cast(x, dtype)))
         with not_kept:
             balanced = self.hidden_balancer(hidden)
             result = swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc import gpu, lowprecision
+from zipformer_crctc import gpu, lowprecision, native
 
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
@@ -156,7 +156,15 @@ def grads_of_parameters(
             of_weight = over_rows(rows, columns)
         else:
             of_weight = _product(rows.t(), columns, weight.dtype)
-    return of_weight, rows.sum(dim=0, dtype=weight.dtype) if with_bias else None
+    return of_weight, _column_sums(rows, weight.dtype) if with_bias else None
+
+
+def _column_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32 and gpu.takes(rows) and native.suits(rows):
+        from zipformer_crctc.gpu_activations import column_sums  # needs Triton
+
+        return column_sums(rows)
+    return rows.sum(dim=0, dtype=dtype)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
