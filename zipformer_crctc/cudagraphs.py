@@ -84,7 +84,7 @@ class GraphedPasses:
         recording = self._recordings.pop(key, None)
         if recording is None or recording.replays >= REPLAYS or now > (1.0 + MAX_AGE) * recording.batch_count:
             recording = None  # its memory is there for the next one
-            if seen is None or now - seen > MAX_STEP * now:
+            if seen is None or now - seen >= MAX_STEP * now:
                 return self.model(features, num_frames)
             while len(self._recordings) >= MAX_RECORDINGS:
                 self._recordings.popitem(last=False)
