@@ -60,9 +60,15 @@ def test_replays_give_what_passes_give(model: nn.Module, low: bool) -> None:
 def test_recordings_are_made_anew(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudagraphs, "REPLAYS", 2)
     monkeypatch.setattr(cudagraphs, "MAX_RECORDINGS", 1)
-    passes, made = GraphedPasses(model), []
+    passes = GraphedPasses(model)
+    made: list[int] = []
     record = passes._recorded
-    monkeypatch.setattr(passes, "_recorded", lambda *given: made.append(given[0].shape[1]) or record(*given))
+
+    def counted(features: Tensor, num_frames: Tensor) -> object:
+        made.append(features.shape[1])
+        return record(features, num_frames)
+
+    monkeypatch.setattr(passes, "_recorded", counted)
     for frames in (90, 90, 90, 90, 120, 120, 90):
         gradients(passes, model, batch(frames), low=False)
     assert made == [90, 90, 120, 90]

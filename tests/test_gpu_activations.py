@@ -53,8 +53,12 @@ def test_gates(padded: bool) -> None:
     """Halves of one array, as a layer's projection gives them; the padding of a slower frame rate is a strided view."""
     padding = (torch.rand(N, 2 * T)[:, ::2] > 0.7).to(DEVICE) if padded else None
     x = torch.randn(T, N, 2 * C)
-    assert_same(lambda given: gated(*given[0].chunk(2, dim=-1), padding), [x])
-    assert_same(lambda given: tanh_gated(*given[0].chunk(2, dim=-1)), [x])
+
+    def halves(given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return given[0][..., :C], given[0][..., C:]
+
+    assert_same(lambda given: gated(*halves(given), padding), [x])
+    assert_same(lambda given: tanh_gated(*halves(given)), [x])
 
 
 @pytest.mark.parametrize("scale", [None, (C,), (N, C)])

@@ -19,16 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import gpu, native
 from zipformer_crctc.activations import Dropout, computed_again, tanh_gated
-from zipformer_crctc.attention_products import Products, Use
+from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
 from zipformer_crctc.schedule import Schedule, ScheduledModule
-
-MASKED_SCORE = -1000.0
-SCORE_LIMIT = 25.0
-SCORE_PENALTY = 1e-4
-"""In some training calls, as if so much for each unit of a score beyond the limit were part of the loss."""
 
 MAX_GPU_FRAMES = 4096
 """A program holds a whole row of weights."""
@@ -112,11 +107,6 @@ class _AlignOffsets(torch.autograd.Function):
         by_offset = grad.new_zeros(ctx.shape)
         _AlignOffsets._view(by_offset).copy_(grad)
         return by_offset
-
-
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """(T, N, E) as (heads, N, T, E / heads)."""
-    return x.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3)
 
 
 def _numbers(use: Use) -> list[int]:

@@ -94,6 +94,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             f"--world-size asks for a GPU number {local_rank}, this machine has {gpus}: lower --world-size, or give "
             "--device cpu"
         )
+    # Products of float32 arrays are exact by default, convolutions are not.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", local_rank)
 
 

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zipformer_crctc.attention import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, by_head
-from zipformer_crctc.attention_products import Products, Use
+from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
 
 TILE = 1024
 """Weights of the targets that a program holds."""
@@ -253,7 +252,7 @@ class Averages(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, values: Tensor) -> Tensor:
-        heads, utterances, frames, _ = weights.shape
+        heads, utterances = weights.shape[:2]
         ctx.dtype = values.dtype
         values = by_head(values.to(weights.dtype), heads).flatten(0, 1)  # (H * N, T, E / H)
         ctx.save_for_backward(weights, values)

@@ -8,8 +8,6 @@ compiled for each K.
 
 # Triton has tuples, but no unpacking of them.
 # ruff: noqa: RUF005
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
-
 from __future__ import annotations
 
 import torch

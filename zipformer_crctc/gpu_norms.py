@@ -57,10 +57,10 @@ def bias_norm(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "scale_rows", "utterances", "each"])
+@triton.jit(do_not_specialize=["utterances", "each"])
 def _bias_norm_gradient(
-    x, bias, original, scale, factors, grad, gain, grad_x, grad_original, sums, scale_sums, rows, scale_rows, utterances,
-    channels, each, block: tl.constexpr,
+    x, bias, original, scale, factors, grad, gain, grad_x, grad_original, sums, scale_sums,
+    utterances, channels, each, block: tl.constexpr,
 ):  # fmt: skip
     # This program's rows are those of one utterance, or of all where they share a scale, every so many.
     first = tl.program_id(0)
@@ -126,7 +126,7 @@ def bias_norm_gradient(
     block = triton.next_power_of_2(channels)
     _bias_norm_gradient[(parts, utterances)](
         x, bias, original, scale, factors, grad, gain, grad_x, grad_original, sums, scale_sums,
-        rows, scale_rows, utterances, channels, each, block,
+        utterances, channels, each, block,
     )  # fmt: skip
     total = sums.sum(dim=(0, 1))
     grad_bias.copy_(total[:channels])

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of optim.py: ScaledAdam's work on all parameters of a group in four launches.
 
 A chunk is up to CHUNK values side by side of one parameter. A program of `_compare` and `_apply` works on one chunk,

@@ -5,7 +5,6 @@ one for each program, which are then added in a fixed order. Strides and channel
 that kernels may be compiled for multiples of 16 among them, which are read sixteen bytes at a time.
 """
 
-# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import torch

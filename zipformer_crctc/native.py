@@ -1,8 +1,8 @@
-"""Kernels for steps: in C on a CPU, built with the machine's own compiler at first use, and in Triton on a GPU (gpu.py).
+"""Kernels for steps: in C on a CPU, in Triton on a GPU (gpu.py); they are never needed.
 
-They are never needed. Chains of element-wise operations read and write their arrays once in C, where PyTorch does so for each operation. The
-sources are in csrc. A kernel takes float32 on a CPU; for anything else, without a compiler, or with the environment
-variable ZIPA_NATIVE=0, its caller does the same by PyTorch's operations.
+A kernel reads and writes its arrays once, where PyTorch does so for each operation of a chain of element-wise ones.
+The C sources are in csrc, built with the machine's own compiler at first use, for float32. For anything else, without a
+compiler, or with the environment variable ZIPA_NATIVE=0, the caller of a kernel does the same by PyTorch's operations.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class _OnednnLinear(torch.autograd.Function):
 
 
 def grad_of_input(grad: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Gradient of the input of `linear` from that of its output: (..., O) and (O, I) to (..., I), of a dtype if given."""
+    """Gradient of the input of `linear`, of a dtype if given, from that of its output: (..., O), (O, I) to (..., I)."""
     rows = grad.reshape(-1, weight.shape[0])
     if _suits_onednn(rows, weight, weight.shape[1]):
         return _onednn(_to_grid(rows), weight.t())[: len(rows)].view(*grad.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""The gradient of attention weights, kept as the products that it is made of.
+"""What attention on a CPU and on a GPU share, above all the gradient of its weights as the products it is made of.
 
 T frames, N utterances, E channels.
 """
@@ -12,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+MASKED_SCORE = -1000.0
+SCORE_LIMIT = 25.0
+SCORE_PENALTY = 1e-4
+"""In some training calls, as if so much for each unit of a score beyond the limit were part of the loss."""
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(T, N, E) as (heads, N, T, E / heads)."""
+    return x.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3)
 
 
 @dataclass(frozen=True)
