@@ -292,7 +292,7 @@ def test_gradients_are_exchanged_once_for_each_optimizer_step(corpus: Path, tmp_
         trainer = train.Trainer(args.config, process, load_data_config(data), Preemption())
         wrapped = DistributedDataParallel(trainer.model, find_unused_parameters=True)  # all of it is one bucket
         wrapped.register_comm_hook(None, lambda state, bucket: exchange(bucket))
-        trainer.wrapped = wrapped
+        trainer.passes = wrapped
         trainer.fit()
         trainer.close()
     finally:

@@ -39,6 +39,8 @@ MODULES = {
 }
 """Where the function of each kernel is; it takes what the C function takes, tensors for addresses."""
 
+MIN_TRITON = (3, 4)
+"""That of PyTorch 2.8. All kernels compile with it, and with each version up to 3.6."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _interpreted = False
@@ -72,6 +74,10 @@ def _runs() -> bool:
         logger.info("no GPU kernels, so PyTorch's operations take their place: the package triton is not installed")
         return False
     try:
+        version: str = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+            logger.info("no GPU kernels, so PyTorch's operations take their place: triton %s is too old", version)
+            return False
         x = torch.ones(1, device="cuda")
         y = torch.empty_like(x)
         launch("limited", (x, x, y, 1, 0.0, 2.0))

@@ -146,16 +146,11 @@ class Trainer:
         )
         if config.train.inf_check:
             report_infinite(self.model)
-        self.wrapped: nn.Module = self.model
+        self.passes: nn.Module | GraphedPasses = self.model
         if process.world_size > 1:
             # A layer's own bypass_scale is never used, and a positional projection is skipped now and then.
-            self.wrapped = DistributedDataParallel(
-                self.model, find_unused_parameters=True, gradient_as_bucket_view=True
-            )
-        # Replayed passes replace gradients, which nothing may have added to before.
-        alone = process.world_size == 1 and config.train.grad_accumulation == 1 and not config.model.use_unsup_cr_ctc
-        self.passes: GraphedPasses | nn.Module = self.wrapped
-        if process.device.type == "cuda" and config.train.cuda_graphs and alone and not config.train.inf_check:
+            self.passes = DistributedDataParallel(self.model, find_unused_parameters=True, gradient_as_bucket_view=True)
+        elif process.device.type == "cuda" and config.train.cuda_graphs and _can_be_replayed(config):
             self.passes = GraphedPasses(self.model)
         self.unsup_batches = iter(state.unsup_loader) if state.unsup_loader is not None else None
         self.window: list[tuple[Batch, Tensor]] = []
@@ -345,8 +340,8 @@ class Trainer:
     def _backward(self, batch: Batch, scale: float, synchronise: bool) -> Tensor:
         """Add the gradient of scale * loss; returns the sums to log."""
         wait: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if isinstance(self.wrapped, DistributedDataParallel) and not synchronise:
-            wait = self.wrapped.no_sync()
+        if isinstance(self.passes, DistributedDataParallel) and not synchronise:
+            wait = self.passes.no_sync()
         with wait, naming_batch([batch.utterances]):
             plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
             loss = self.objective.train_loss(self.passes, batch.to(self.process.device), self.autocast, plain)
@@ -472,6 +467,11 @@ class Trainer:
                 copies.append("best-valid-loss.pt")
             self._save(f"epoch-{epoch}.pt", copies)
         progress.cur_epoch += 1
+
+
+def _can_be_replayed(config: Config) -> bool:
+    """Replays replace gradients, so that there must be one pass for each step; and hooks are not called."""
+    return config.train.grad_accumulation == 1 and not config.model.use_unsup_cr_ctc and not config.train.inf_check
 
 
 if __name__ == "__main__":
