@@ -70,15 +70,15 @@ class RelativePositions(nn.Module):
         super().__init__()
         self.dim = dim
         self.dropout = Dropout(dropout)
-        self._table: Tensor | None = None  # for the longest T so far; shorter ones are its middle
+        self.table: Tensor | None = None  # for the longest T so far; shorter ones are its middle
 
     def forward(self, x: Tensor, left_context: int = 0) -> Tensor:
         """The table (1, left_context + 2 T - 1, dim) for a sequence x of (T, ...)."""
         frames = x.shape[0]
-        table, needed = self._table, frames + left_context
+        table, needed = self.table, frames + left_context
         if table is None or table.device != x.device or table.shape[1] < 2 * needed - 1:
             table = relative_positions(max(needed, 1000), self.dim, device=x.device)
-            self._table = table
+            self.table = table
         centre = table.shape[1] // 2
         return self.dropout(table[:, centre - needed + 1 : centre + frames])
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc.attention import RelativePositions
 from zipformer_crctc.regularisers import Whiten
 from zipformer_crctc.schedule import ScheduledModule, named_schedules
 
@@ -28,11 +29,12 @@ logger = logging.getLogger(__name__)
 
 REPLAYS = 200
 """A recording costs several passes without graphs."""
-MAX_AGE, MAX_STEP = 0.1, 0.02
+MAX_AGE, MAX_GAP = 0.1, 0.005
 """Relative changes of the adjusted batch count while schedules still change: after which a recording is made anew, and
-up to which, since a shape was last seen, one is worth its cost."""
+which a shape may take to come again, so that a recording is replayed often enough to be worth its cost."""
 MAX_RECORDINGS = 64
-"""The one that was not used for longest goes first. They share their memory, but each has a few MB of its own."""
+"""The one that was not used for longest goes first. They share their memory, but for what goes in and comes out, which
+is 100 MB at 600 s of audio."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class _Recording:
     """of the log-probabilities"""
     used: list[int]
     """which parameters have gradients"""
+    read: list[Tensor | None]
+    """what else of the model it reads, which must not go to other arrays"""
     batch_count: float
     """adjusted, up to where schedules change"""
     replays: int = 0
@@ -55,10 +59,11 @@ class _Recording:
 class GraphedPasses:
     """A model whose training passes on a GPU are replayed. One at a time: a backward pass follows each forward pass.
 
-    Gradients are those of the last backward pass; they are not added to what is there, so none may be there.
+    Gradients are those of the last backward pass; they are not added to what is there, so none may be there. That no
+    utterance is too short or longer than the features is looked at in passes that are not replayed only.
 
     Args:
-        model: from features and frame counts to log-probabilities and lengths, all on one GPU.
+        model: from features and frame counts to log-probabilities and lengths, all on one GPU, where kernels suit.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,9 +74,12 @@ class GraphedPasses:
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self._pool: Any = None
         self._recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
-        self._seen: dict[tuple[Any, ...], float] = {}
+        self._calls = 0
+        self._seen: dict[tuple[Any, ...], int] = {}
+        """the last call with a shape"""
         self._clock = next(module for module in model.modules() if isinstance(module, ScheduledModule))
         self._last_change = max(schedule.counts[-1] for _, schedule in named_schedules(model))
+        self._first_count: float | None = None
         self._works = True
 
     def __call__(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,23 +87,15 @@ class GraphedPasses:
         if not (self._works and self.model.training and torch.is_grad_enabled()):
             return self.model(features, num_frames)
         key = (features.shape, features.dtype, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-        now, seen = self._batch_count(), self._seen.get(key)
-        self._seen[key] = now
         recording = self._recordings.pop(key, None)
-        if recording is None or recording.replays >= REPLAYS or now > (1.0 + MAX_AGE) * recording.batch_count:
+        if recording is None or self._is_old(recording):
             recording = None  # its memory is there for the next one
-            if seen is None or now - seen >= MAX_STEP * now:
-                return self.model(features, num_frames)
-            while len(self._recordings) >= MAX_RECORDINGS:
-                self._recordings.popitem(last=False)
-            try:
-                recording = self._recorded(features, num_frames)
-            except torch.OutOfMemoryError:
-                logger.warning("not enough memory to record passes: training goes on without CUDA graphs")
-                self.clear()
-                self._works = False
-                torch.cuda.empty_cache()
-                return self.model(features, num_frames)
+            if self._comes_again_soon(key):
+                recording = self._try_to_record(features, num_frames)
+        self._calls += 1
+        self._seen[key] = self._calls
+        if recording is None:
+            return self.model(features, num_frames)
         self._recordings[key] = recording
         recording.replays += 1
         return _Replay.apply(self._anchor, recording, self, features, num_frames)
@@ -104,18 +104,53 @@ class GraphedPasses:
         """Forget all recordings and shapes, so that what comes next does not depend on them."""
         self._recordings.clear()
         self._seen.clear()
+        self._calls, self._first_count = 0, None
 
     def _batch_count(self) -> float:
         """The adjusted batch count, up to where schedules change."""
         return self._last_change if self._clock.batch_count is None else min(self._clock.batch_count, self._last_change)
 
-    def _recorded(self, features: Tensor, num_frames: Tensor) -> _Recording:
+    def _is_old(self, recording: _Recording) -> bool:
+        return recording.replays >= REPLAYS or self._batch_count() > (1.0 + MAX_AGE) * recording.batch_count
+
+    def _comes_again_soon(self, key: tuple[Any, ...]) -> bool:
+        """Whether a shape seems to come often enough, going by the last time and the pace of the batch count."""
+        now = self._batch_count()
+        if self._first_count is None:
+            self._first_count = now
+        if key not in self._seen:
+            return False
+        pace = (now - self._first_count) / self._calls if now < self._last_change else 0.0
+        return pace * (self._calls + 1 - self._seen[key]) < MAX_GAP * now
+
+    def _try_to_record(self, features: Tensor, num_frames: Tensor) -> _Recording | None:
+        """A recording; None where that fails, after which nothing is recorded any more."""
+        while len(self._recordings) >= MAX_RECORDINGS:
+            self._recordings.popitem(last=False)
+        whitens = [module for module in self.model.modules() if isinstance(module, Whiten)]
+        decisions, probs = random.getstate(), [whiten.prob for whiten in whitens]
+        failure = None
+        try:
+            return self._recorded(features, num_frames, whitens)
+        except RuntimeError as error:  # out of memory, too; what is beyond repair will show in the next pass
+            failure = str(error)
+        # Only now is nothing of the failed pass left.
+        logger.warning("passes are not recorded any more, training goes on without CUDA graphs: %s", failure)
+        self.clear()
+        self._gradients, self._pool, self._works = [], None, False
+        torch.cuda.empty_cache()
+        random.setstate(decisions)
+        for whiten, prob in zip(whitens, probs, strict=True):
+            whiten.prob = prob
+        return None
+
+    def _recorded(self, features: Tensor, num_frames: Tensor, whitens: list[Whiten]) -> _Recording:
         started = time.perf_counter()
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self.parameters]
+        if not self._recordings:
             self._pool = torch.cuda.graph_pool_handle()
         features, num_frames = features.clone(), num_frames.clone()
-        whitens = [module for module in self.model.modules() if isinstance(module, Whiten)]
         decisions, probs = random.getstate(), [whiten.prob for whiten in whitens]
         kind, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         grad: Tensor | None = None
@@ -129,11 +164,12 @@ class GraphedPasses:
         def backward_pass(log_probs: Tensor) -> tuple[Tensor | None, ...]:
             # Each gradient goes where it stays at once, so that there are never two of all.
             hooks = [p.register_hook(kept.copy_) for p, kept in zip(self.parameters, self._gradients, strict=True)]
-            with torch.autocast("cuda", enabled=False):
-                gradients = torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
-            for hook in hooks:
-                hook.remove()
-            return gradients
+            try:
+                with torch.autocast("cuda", enabled=False):
+                    return torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
         # Once without recording, with the same decisions: kernels are compiled and loaded now, libraries set up.
         log_probs, lengths = forward_pass()
@@ -150,12 +186,12 @@ class GraphedPasses:
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             gradients = backward_pass(log_probs)
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        tables = [module.table for module in self.model.modules() if isinstance(module, RelativePositions)]
         torch.cuda.synchronize()
         self.seconds_of_last_recording = time.perf_counter() - started
         logger.debug("recorded passes of %s in %.2f s", tuple(features.shape), self.seconds_of_last_recording)
-        return _Recording(
-            forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used, self._batch_count()
-        )
+        made = forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used, tables
+        return _Recording(*made, self._batch_count())
 
 
 class _Replay(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Triton kernels for steps on a GPU: each does what the C kernel of the same name does on a CPU.
+"""Triton kernels for steps on a GPU: most do what the C kernel of the same name does on a CPU.
 
 At the published batch of 120 s a step is bound by the launches of its many small operations, and at larger ones by
 memory; a kernel is one launch, and reads and writes each array once. Triton comes with PyTorch's CUDA builds. Where it
@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ MODULES = {
     "depthwise": "gpu_convolution",
     "depthwise_weight_gradient": "gpu_convolution",
 }
-"""Where the function of each kernel is; it takes what the C function takes, tensors for addresses."""
+"""Where the function of each kernel is; it takes what the C function, if there is one, takes, tensors for addresses."""
 
 MIN_TRITON = (3, 4)
 """That of PyTorch 2.8. All kernels compile with it, and with each version up to 3.6."""
@@ -89,12 +89,14 @@ def _runs() -> bool:
 
 def launch(name: str, arguments: tuple[Any, ...]) -> None:
     """Run a kernel on the device of its first argument."""
-    x = arguments[0]
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _function(name)(*arguments)
-    else:
+    with on_device_of(arguments[0]):
         _function(name)(*arguments)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """What launches Triton kernels inside launches them where x is: by itself Triton takes the current device."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device_of(x) if elsewhere else nullcontext()
 
 
 @functools.cache

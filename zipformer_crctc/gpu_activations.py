@@ -10,11 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import grid_of, places, tile_of
+from zipformer_crctc.gpu_tiles import PROGRAMS, grid_of, places, tile_of
 
 ELEMENTS = 1024
-SUM_PROGRAMS = 1056
-"""Programs that add up the rows of an array: eight for each multiprocessor."""
 
 
 @triton.jit
@@ -212,7 +210,7 @@ def column_sums(x: Tensor) -> Tensor:
     rows, channels = x.shape
     wide = min(128, triton.next_power_of_2(channels))
     columns = triton.cdiv(channels, wide)
-    each = 32 * triton.cdiv(rows, 32 * max(1, SUM_PROGRAMS // columns))
+    each = 32 * triton.cdiv(rows, 32 * max(1, PROGRAMS // columns))
     parts = triton.cdiv(rows, each)
     sums = torch.empty(parts, channels, dtype=torch.float32, device=x.device)
     _column_sums[(parts, columns)](x, sums, rows, channels, x.stride(0), each, ELEMENTS * 2 // wide, wide)

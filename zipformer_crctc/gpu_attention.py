@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zipformer_crctc import gpu
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
+from zipformer_crctc.gpu_tiles import PROGRAMS
 
 TILE = 1024
 """Weights of the targets that a program holds."""
 DIAGONAL_TILE = (32, 128)
 """Targets and offsets of a program that adds up along offsets."""
-PROGRAMS = 1056
-"""About so many of those: eight for each multiprocessor."""
 
 
 @triton.jit(do_not_specialize=["rows", "utterances", "frames", "first_of_forbidden"])
@@ -175,10 +175,11 @@ class Weights(torch.autograd.Function):
         ctx.key = None if key is own_key else key.dtype
         ctx.sizes, ctx.channels = sizes, sizes[2] // heads
         ctx.blocks = _rows_of_a_program(frames)
-        _weights[(triton.cdiv(ctx.numbers[0], ctx.blocks["rows_each"]),)](
-            weights, pos_query, pos_key_rows, _bytes(padding), _bytes(forbidden), large, *ctx.numbers,
-            ctx.step, SCORE_LIMIT, MASKED_SCORE, ctx.channels, **ctx.blocks,
-        )  # fmt: skip
+        with gpu.on_device_of(weights):
+            _weights[(triton.cdiv(ctx.numbers[0], ctx.blocks["rows_each"]),)](
+                weights, pos_query, pos_key_rows, _bytes(padding), _bytes(forbidden), large, *ctx.numbers,
+                ctx.step, SCORE_LIMIT, MASKED_SCORE, ctx.channels, **ctx.blocks,
+            )  # fmt: skip
         ctx.save_for_backward(pos_query, pos_key_rows, padding, forbidden, large, queries, keys, weights)
         return weights
 

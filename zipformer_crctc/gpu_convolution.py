@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_crctc.gpu_tiles import MULTIPROCESSORS
+
 FRAMES = 16
 """A run of frames: outputs that a program works on at a time. With more, registers would run out."""
 LINE = 128
 """Bytes of a frame that a program loads, so that each thread has 4."""
-PROGRAMS = 12 * 132
-"""Of weight gradients: an H200 has 132 processors, and registers of each for 12 programs."""
+PROGRAMS = 12 * MULTIPROCESSORS
+"""Of weight gradients: a multiprocessor has registers for 12."""
 SHORTER_PROGRAMS = 2 * PROGRAMS
 """Of convolutions: more than run at a time, so that it matters little when the last ones end."""
 PARTS, COLUMNS = 32, 32

@@ -11,10 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import grid_of, places, tile_of
-
-PROGRAMS = 1056
-"""Programs that share out the rows where each adds up what all its rows give: eight for each multiprocessor."""
+from zipformer_crctc.gpu_tiles import PROGRAMS, grid_of, places, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "scale_rows"])

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import grid_of, places
+from zipformer_crctc.gpu_tiles import PROGRAMS, grid_of, places
+from zipformer_crctc.products import product
 
-PROGRAMS = 1056
-"""Programs that share out an array: eight for each multiprocessor of an H200."""
 TILE = 2048
 """Elements that a program takes at a time."""
 BLOCK = 1024
@@ -24,8 +23,6 @@ PRODUCTS = 128
 """Tiles, of 128 by 128, of the products of parts of the rows that make up a covariance."""
 MIN_CHUNK = 1024
 """Rows of such a part at least."""
-HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.bmm, "dtype")
-"""Whether a product of 16-bit arrays can be float32: from PyTorch 2.8 on, with CUDA."""
 
 
 def _tile(columns: int) -> tuple[int, int]:
@@ -267,15 +264,6 @@ def _pushed(
         tl.store(result + far * channels + channel, changed, mask=inside)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of each pair, in float32."""
-    if a.dtype is torch.float32:
-        return torch.bmm(a, b)
-    if a.is_cuda and HAS_WIDE_PRODUCTS:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
-
-
 def whiten(
     x: Tensor,
     grad: Tensor,
@@ -312,7 +300,7 @@ def whiten(
         x, mean, centred, rows, padded, size, x.stride(0), *tile
     )
     parts = centred.view(groups * chunks, chunk, size)
-    products = _product(parts.transpose(1, 2), parts)  # (G * chunks, S, S)
+    products = product(parts.transpose(1, 2), parts, torch.float32)  # (G * chunks, S, S)
 
     covariance = x.new_empty(groups, size, size, dtype=torch.float32)
     grid = triton.cdiv(size * size, BLOCK), groups

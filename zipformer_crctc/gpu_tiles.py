@@ -8,6 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
+PROGRAMS = 8 * MULTIPROCESSORS
+"""About so many share out an array where each adds up what all its part gives."""
 TILE = 2048
 """Elements of a tile: 16 for each of 128 threads."""
 MAX_TILE_CHANNELS = 512

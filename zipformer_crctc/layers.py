@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
         not_kept: AbstractContextManager[None] = nullcontext()
-        if (dtype := mixed_precision(x)) is not None:  # products are cheap then, beside the memory
+        if torch.is_grad_enabled() and (dtype := mixed_precision(x)):  # products are cheap then, beside the memory
             not_kept = computed_again(hidden, partial(self.in_proj, lowprecision.cast(x, dtype)))
         with not_kept:
             balanced = self.hidden_balancer(hidden)

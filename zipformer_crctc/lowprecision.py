@@ -28,18 +28,29 @@ class _Copy:
             self.value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         self.of: tuple[int, int, int] | None = None
 
+    def fits(self, parameter: Tensor) -> bool:
+        return self.value.device == parameter.device and self.value.shape == parameter.shape
+
     @staticmethod
     def state(parameter: Tensor) -> tuple[int, int, int]:
         return _generation, parameter._version, parameter.data_ptr()
 
 
 _copies: dict[torch.dtype, WeakTensorKeyDictionary] = {}
+_members: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+_present: frozenset[int] = frozenset()
 
 
-def new_pass() -> None:
-    """Say that parameters may have changed, also in ways that PyTorch does not count, such as through `.data`."""
-    global _generation
-    _generation += 1
+def new_pass(model: nn.Module) -> None:
+    """Say that a pass begins, before which the model's parameters may have changed in ways that PyTorch does not count.
+
+    Such as through `.data`. The first of them that is asked for brings the copies of all up to date.
+    """
+    global _generation, _present
+    with _lock:
+        if model not in _members:
+            _members[model] = frozenset(map(id, model.parameters()))
+        _generation, _present = _generation + 1, _members[model]
 
 
 def copy_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,10 +62,10 @@ def copy_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     with _lock:
         copies = _copies.setdefault(dtype, WeakTensorKeyDictionary())
         copy = copies.get(x)
-        if copy is None or copy.value.device != x.device or copy.value.shape != x.shape:
+        if copy is None or not copy.fits(x):
             copies[x] = copy = _Copy(x, dtype)
         if copy.of != _Copy.state(x):
-            _update(copies, x.device)
+            _update(copies, x)
         value: Tensor = copy.value
         return value
 
@@ -71,7 +82,7 @@ _casts = _Casts()
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, not to be written to: several layers share one copy of what they are given in turn."""
-    if x.dtype == dtype or x.is_inference():
+    if x.dtype == dtype or torch.is_inference_mode_enabled():
         return x.to(dtype)
     if (before := _casts.last.pop(id(x), None)) is not None:
         of, version, made = before
@@ -86,9 +97,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy
 
 
-def _update(copies: WeakTensorKeyDictionary, device: torch.device) -> None:
-    """Write all copies on a device that are not as their parameters are."""
-    stale = [(p, copy) for p, copy in copies.items() if p.device == device and copy.of != _Copy.state(p)]
+def _update(copies: WeakTensorKeyDictionary, x: Tensor) -> None:
+    """Write the copy of x, and with it those of the model whose pass it is, where they are not as their parameters are.
+
+    Not those of other models: a CUDA graph of the pass would go on writing to them.
+    """
+    stale = [(p, copy) for p, copy in copies.items() if p is x or id(p) in _present]
+    stale = [(p, copy) for p, copy in stale if copy.of != _Copy.state(p) and copy.fits(p) and p.device == x.device]
     with torch.inference_mode(False), torch.no_grad():
         torch._foreach_copy_([copy.value for _, copy in stale], [p for p, _ in stale])
     for p, copy in stale:

@@ -52,7 +52,8 @@ class CtcModel(nn.Module):
 
     def encode(self, features: Tensor, num_frames: Tensor, isolate: bool = False) -> tuple[Tensor, Tensor]:
         """Encoder output (N, T', max encoder_dim) and the number of output frames (N,)."""
-        lowprecision.new_pass()
+        if self.training:  # else a change that PyTorch does not count is not expected
+            lowprecision.new_pass(self)
         embedded, lengths = self.encoder_embed(features, num_frames, isolate)
         mask = padding_mask(lengths, embedded.shape[1])
         encoded, lengths = self.encoder(embedded.transpose(0, 1), lengths, mask, isolate)

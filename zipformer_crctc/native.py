@@ -42,7 +42,7 @@ _enabled = os.environ.get("ZIPA_NATIVE", "1") != "0"
 
 
 class Kernel:
-    """A function of the C sources.
+    """A function of the C sources, or of the same name in Triton, by where its arrays are.
 
     Args:
         name: its name there.
@@ -105,7 +105,7 @@ def use_on_all_or_none(there: Sequence[bool]) -> None:
     if not all(there):
         if any(there):
             logger.warning(
-                "C kernels are not there for %d of %d processes: none uses them", there.count(False), len(there)
+                "kernels are not there for %d of %d processes: none uses them", there.count(False), len(there)
             )
         _enabled = False
 

@@ -51,7 +51,9 @@ class _BiasNormFunction(torch.autograd.Function):
             if original is not None and scale is not None:
                 y = original + (y - original) * scale
         ctx.dtypes = x.dtype, None if original is None else original.dtype
-        ctx.save_for_backward(kept(x), bias, gain, None if original is None else kept(original), scale, factors)
+        ctx.save_for_backward(
+            kept(ctx, x), bias, gain, None if original is None else kept(ctx, original), scale, factors
+        )
         return y
 
     @staticmethod
@@ -80,12 +82,13 @@ class _BiasNormFunction(torch.autograd.Function):
         return grad_x, grad_bias, (along * factors).sum(), grad_original, grad_scale
 
 
-def kept(x: Tensor) -> Tensor:
-    """x as it is kept for the backward pass: under bfloat16 autocast in half of the memory.
+def kept(ctx: Any, x: Tensor) -> Tensor:
+    """x as a function with this context keeps it for the backward pass: under bfloat16 autocast in half of the memory.
 
     Such rounding is in all products of the backward pass; layers have made the same copies of some sequences.
     """
-    return lowprecision.cast(x, torch.bfloat16) if mixed_precision(x) is torch.bfloat16 else x
+    low = any(ctx.needs_input_grad) and mixed_precision(x) is torch.bfloat16
+    return lowprecision.cast(x, torch.bfloat16) if low else x
 
 
 def _common_dtype(x: Tensor, original: Tensor | None, scale: Tensor | None) -> torch.dtype:
@@ -133,7 +136,7 @@ class _BypassFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
-        ctx.save_for_backward(kept(original), kept(x), scale)
+        ctx.save_for_backward(kept(ctx, original), kept(ctx, x), scale)
         ctx.repeat, ctx.dtypes = repeat, (original.dtype, x.dtype)
         assert len(x) == -(-len(original) // repeat)
         arrays = (original, x, scale)

@@ -38,8 +38,8 @@ def _is_slow_with_mkl() -> bool:
 
 
 HAS_ONEDNN = _has_onednn()
-HAS_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
-"""Whether PyTorch multiplies 16-bit matrices on a GPU to a float32 one."""
+HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.bmm, "dtype")
+"""Whether PyTorch multiplies 16-bit matrices on a GPU to a float32 one: from 2.8 on."""
 MIN_SIZE, INFERENCE_MIN_SIZE = (1 << 26, 1 << 24) if _is_slow_with_mkl() else (math.inf, 1 << 26)
 """Rows times input times output channels, from which oneDNN is taken in training and in inference mode.
 
@@ -60,7 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _suits_onednn(x, weight, weight.shape[0]):
         return _OnednnLinear.apply(x, weight, bias)
     if (dtype := mixed_precision(x)) is not None:
-        return _MixedLinear.apply(x, weight, bias, dtype)
+        if torch.is_grad_enabled():
+            return _MixedLinear.apply(x, weight, bias, dtype)
+        return _linear_in(x.to(dtype), weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -93,10 +95,9 @@ class _MixedLinear(torch.autograd.Function):
 
 def _linear_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` in the type of x, without gradient."""
-    rows, low = x.reshape(-1, x.shape[-1]), lowprecision.copy_of(weight, x.dtype)
-    if bias is None:
-        return torch.mm(rows, low.t()).view(*x.shape[:-1], -1)
-    return torch.addmm(lowprecision.copy_of(bias, x.dtype), rows, low.t()).view(*x.shape[:-1], -1)
+    rows, low = x.reshape(-1, weight.shape[1]), lowprecision.copy_of(weight, x.dtype)
+    y = torch.mm(rows, low.t()) if bias is None else torch.addmm(lowprecision.copy_of(bias, x.dtype), rows, low.t())
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def over_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ def grad_of_input(grad: Tensor, weight: Tensor, dtype: torch.dtype | None = None
     rows = grad.reshape(-1, weight.shape[0])
     if _suits_onednn(rows, weight, weight.shape[1]):
         return _onednn(_to_grid(rows), weight.t())[: len(rows)].view(*grad.shape[:-1], -1)
-    return _product(rows, lowprecision.copy_of(weight, rows.dtype), dtype or rows.dtype).view(*grad.shape[:-1], -1)
+    grad_x = product(rows, lowprecision.copy_of(weight, rows.dtype), dtype or rows.dtype)
+    return grad_x.view(*grad.shape[:-1], weight.shape[1])
 
 
 def grads_of_parameters(
@@ -152,10 +154,8 @@ def grads_of_parameters(
     of_weight = None
     if x is not None:
         columns = x.reshape(-1, weight.shape[1]).to(rows.dtype)
-        if rows.dtype == weight.dtype:
-            of_weight = over_rows(rows, columns)
-        else:
-            of_weight = _product(rows.t(), columns, weight.dtype)
+        same = rows.dtype == weight.dtype
+        of_weight = over_rows(rows, columns) if same else product(rows.t(), columns, weight.dtype)
     return of_weight, _column_sums(rows, weight.dtype) if with_bias else None
 
 
@@ -167,11 +167,12 @@ def _column_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.sum(dim=0, dtype=dtype)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, S) and (S, T) to (R, T) in the given type; of 16-bit operands the sums are float32."""
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, S) and (S, T) to (R, T) in the given type, or so for each of a batch; sums of 16-bit operands are float32."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
     if dtype == torch.float32 != a.dtype and a.is_cuda and HAS_WIDE_PRODUCTS:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        return multiply(a, b, out_dtype=dtype)
+    return multiply(a, b).to(dtype)
 
 
 def missing_to_grid(size: int) -> int:

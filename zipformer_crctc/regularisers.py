@@ -323,16 +323,13 @@ class _Arriving:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._x = x
-        self._event: torch.cuda.Event | None = None
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # each replay of the CUDA graph will write to it
         self._x = x.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._event: torch.cuda.Event | None = None
         if x.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(x.device))
 
-    def read(self) -> list[float]:
+    def tolist(self) -> list[float]:
         if self._event is not None:
             self._event.synchronize()
         return self._x.tolist()
@@ -356,22 +353,31 @@ class Whiten(ScheduledModule):
         self.whitening_limit = whitening_limit
         self.grad_scale = grad_scale
         self.prob = self.max_prob
+        self._replayed: Tensor | None = None
 
     @property
     def prob(self) -> float:
         """Probability of a check, which is rare while the metric stays below the limit."""
         if self._expected is not None:
-            _, at_limit = self._expected.read()
+            _, at_limit = self._expected.tolist()
             self.prob = self.max_prob if at_limit else self.min_prob
         return self._prob
 
     @prob.setter
     def prob(self, value: float) -> None:
         self._prob = value
-        self._expected: _Arriving | None = None
+        self._expected: _Arriving | Tensor | None = None
 
     def expect(self, found: Tensor) -> None:
         """Let the last check decide about the next: the metric, and whether it is not below the limit, on a GPU."""
+        if found.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Each replay of the CUDA graph writes to it. It was made before, outside of the memory of graphs.
+            assert self._replayed is not None
+            self._replayed.copy_(found)
+            self._expected = self._replayed
+            return
+        if self._replayed is None:
+            self._replayed = torch.empty_like(found)
         self._expected = _Arriving(found)
 
     def __getstate__(self) -> dict[str, Any]:

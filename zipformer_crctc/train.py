@@ -106,8 +106,7 @@ def run(rank: int, world_size: int, args: TrainArgs, sets: DataSets) -> None:
         Preemption() as preemption,
         process_group(rank, world_size, train.device, train.num_threads, train.process_timeout) as process,
     ):
-        if process.device.type == "cpu":
-            native.use_on_all_or_none(process.gather(native.suits()))
+        native.use_on_all_or_none(process.gather(native.suits(torch.empty(1, device=process.device))))
         trainer = Trainer(config, process, sets, preemption)
         try:
             if train.dry_run:
@@ -151,7 +150,10 @@ class Trainer:
             # A layer's own bypass_scale is never used, and a positional projection is skipped now and then.
             self.passes = DistributedDataParallel(self.model, find_unused_parameters=True, gradient_as_bucket_view=True)
         elif process.device.type == "cuda" and config.train.cuda_graphs and _can_be_replayed(config):
-            self.passes = GraphedPasses(self.model)
+            if native.suits(self.parameters[0]):
+                self.passes = GraphedPasses(self.model)
+            else:
+                logger.info("without Triton kernels passes are not recorded as CUDA graphs")
         self.unsup_batches = iter(state.unsup_loader) if state.unsup_loader is not None else None
         self.window: list[tuple[Batch, Tensor]] = []
         self.metrics = MetricsWriter(
