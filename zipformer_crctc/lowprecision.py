@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 CASTS = 64
 """Arrays that are remembered."""
@@ -21,9 +20,16 @@ _lock = threading.Lock()
 
 
 class _Copy:
-    """A copy, and of what it is one."""
+    """A copy of a parameter, and of what state of it.
+
+    Args:
+        parameter: what is copied; the copy goes with it.
+        dtype: of the copy.
+    """
 
     def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
+        place, copies = id(parameter), _copies[dtype]
+        self.parameter = weakref.ref(parameter, lambda _: copies.pop(place, None))
         with torch.inference_mode(False):
             self.value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         self.of: tuple[int, int, int] | None = None
@@ -36,7 +42,8 @@ class _Copy:
         return _generation, parameter._version, parameter.data_ptr()
 
 
-_copies: dict[torch.dtype, WeakTensorKeyDictionary] = {}
+_copies: defaultdict[torch.dtype, dict[int, _Copy]] = defaultdict(dict)
+"""By the id of the parameter."""
 _members: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 _present: frozenset[int] = frozenset()
 
@@ -59,15 +66,14 @@ def copy_of(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.detach()
     if not isinstance(x, nn.Parameter) or x.is_inference():
         return x.detach().to(dtype)
+    copy = _copies[dtype].get(id(x))
+    if copy is not None and copy.of == _Copy.state(x) and copy.parameter() is x:
+        return copy.value
     with _lock:
-        copies = _copies.setdefault(dtype, WeakTensorKeyDictionary())
-        copy = copies.get(x)
-        if copy is None or not copy.fits(x):
-            copies[x] = copy = _Copy(x, dtype)
-        if copy.of != _Copy.state(x):
-            _update(copies, x)
-        value: Tensor = copy.value
-        return value
+        if copy is None or copy.parameter() is not x or not copy.fits(x):
+            _copies[dtype][id(x)] = copy = _Copy(x, dtype)
+        _update(dtype, x)
+        return copy.value
 
 
 class _Casts(threading.local):
@@ -97,13 +103,18 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy
 
 
-def _update(copies: WeakTensorKeyDictionary, x: Tensor) -> None:
+def _update(dtype: torch.dtype, x: Tensor) -> None:
     """Write the copy of x, and with it those of the model whose pass it is, where they are not as their parameters are.
 
     Not those of other models: a CUDA graph of the pass would go on writing to them.
     """
-    stale = [(p, copy) for p, copy in copies.items() if p is x or id(p) in _present]
-    stale = [(p, copy) for p, copy in stale if copy.of != _Copy.state(p) and copy.fits(p) and p.device == x.device]
+    stale = []
+    for place, copy in list(_copies[dtype].items()):
+        p = copy.parameter()
+        if p is None or not (p is x or place in _present) or copy.of == _Copy.state(p):
+            continue
+        if copy.fits(p) and p.device == x.device:
+            stale.append((p, copy))
     with torch.inference_mode(False), torch.no_grad():
         torch._foreach_copy_([copy.value for _, copy in stale], [p for p, _ in stale])
     for p, copy in stale:

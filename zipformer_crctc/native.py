@@ -37,6 +37,8 @@ BUILD_SECONDS = 120
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 """Types of arguments by letter: an array (or none), a number of things, a value."""
 
+_DTYPES = (torch.float32,)
+
 _lock = threading.Lock()
 _enabled = os.environ.get("ZIPA_NATIVE", "1") != "0"
 
@@ -74,18 +76,24 @@ def suits(*arrays: Tensor | None) -> bool:
 
     On a CPU they are float32; on a GPU see gpu.py.
     """
-    on_gpu = any(gpu.takes(x) for x in arrays)
+    on_gpu: bool | None = None
     for x in arrays:
-        if x is not None and not (_is_fit(x, on_gpu) and (x.is_contiguous() or x.stride(-1) == 1)):
+        if x is None:
+            continue
+        if on_gpu is None:
+            on_gpu = gpu.takes(x)
+        if (
+            not (gpu.takes(x) if on_gpu else x.is_cpu)
+            or x.dtype not in (gpu.DTYPES if on_gpu else _DTYPES)
+            or (on_gpu and x.numel() == 0)
+        ):
+            return False
+        if not (x.is_contiguous() or x.stride(-1) == 1):
             return False
     # What is exported runs elsewhere.
     if not _enabled or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
     return gpu.available() if on_gpu else not torch.is_autocast_enabled("cpu") and _library() is not None
-
-
-def _is_fit(x: Tensor, on_gpu: bool) -> bool:
-    return gpu.takes(x) and x.dtype in gpu.DTYPES and x.numel() > 0 if on_gpu else x.is_cpu and x.dtype is torch.float32
 
 
 @contextmanager

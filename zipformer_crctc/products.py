@@ -110,11 +110,11 @@ def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
     least = INFERENCE_MIN_SIZE if torch.is_inference_mode_enabled() else MIN_SIZE
     return (
         HAS_ONEDNN
+        and x.is_cpu
         and least < math.inf
         # What is exported runs elsewhere.
         and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
         and bool(torch.backends.mkldnn.enabled)
-        and x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
         and x.numel() * size >= least
         and not torch.is_autocast_enabled("cpu")
