@@ -51,7 +51,7 @@ class _WeightedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(kept(ctx, x), weights)
+        ctx.save_for_backward(kept(x), weights)
         ctx.dtype = x.dtype
         return (x.unflatten(0, (-1, len(weights))) * weights[:, None, None]).sum(dim=1)
 

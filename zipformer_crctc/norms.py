@@ -52,7 +52,7 @@ class _BiasNormFunction(torch.autograd.Function):
                 y = original + (y - original) * scale
         ctx.dtypes = x.dtype, None if original is None else original.dtype
         ctx.save_for_backward(
-            kept(ctx, x), bias, gain, None if original is None else kept(ctx, original), scale, factors
+            kept(x), bias, gain, None if original is None else kept(original), scale, factors
         )
         return y
 
@@ -82,13 +82,14 @@ class _BiasNormFunction(torch.autograd.Function):
         return grad_x, grad_bias, (along * factors).sum(), grad_original, grad_scale
 
 
-def kept(ctx: Any, x: Tensor) -> Tensor:
-    """x as a function with this context keeps it for the backward pass: under bfloat16 autocast in half of the memory.
+def kept(x: Tensor) -> Tensor:
+    """x as it is kept for the backward pass: under bfloat16 autocast in half of the memory.
 
     Such rounding is in all products of the backward pass; layers have made the same copies of some sequences.
     """
-    low = any(ctx.needs_input_grad) and mixed_precision(x) is torch.bfloat16
-    return lowprecision.cast(x, torch.bfloat16) if low else x
+    if torch.is_inference_mode_enabled() or mixed_precision(x) is not torch.bfloat16:
+        return x
+    return lowprecision.cast(x, torch.bfloat16)
 
 
 def _common_dtype(x: Tensor, original: Tensor | None, scale: Tensor | None) -> torch.dtype:
@@ -136,7 +137,7 @@ class _BypassFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, x: Tensor, scale: Tensor, repeat: int) -> Tensor:
-        ctx.save_for_backward(kept(ctx, original), kept(ctx, x), scale)
+        ctx.save_for_backward(kept(original), kept(x), scale)
         ctx.repeat, ctx.dtypes = repeat, (original.dtype, x.dtype)
         assert len(x) == -(-len(original) // repeat)
         arrays = (original, x, scale)
