@@ -180,6 +180,18 @@ def test_initial_values() -> None:
     assert module.linear_pos.bias is None
 
 
+all_kinds = pytest.mark.parametrize(
+    ("masks", "positions", "penalised", "key"),
+    [
+        ("", True, False, nn.Identity()),
+        ("padding", False, False, nn.Identity()),
+        ("padding, forbidden", True, True, nn.Identity()),
+        ("forbidden, each", True, False, nn.Tanh()),
+        ("padding, forbidden, each", False, True, nn.Tanh()),
+    ],
+)
+
+
 class Attention(nn.Module):
     """The modules of a layer that share attention weights, with sizes that fill no vector.
 
@@ -229,16 +241,7 @@ def results(module: Attention, frames: int, utterances: int, masks: str, dtype: 
 
 @needs_kernels
 @pytest.mark.parametrize("frames", [1, 7, 63, 130])
-@pytest.mark.parametrize(
-    ("masks", "positions", "penalised", "key"),
-    [
-        ("", True, False, nn.Identity()),
-        ("padding", False, False, nn.Identity()),
-        ("padding, forbidden", True, True, nn.Identity()),
-        ("forbidden, each", True, False, nn.Tanh()),
-        ("padding, forbidden, each", False, True, nn.Tanh()),
-    ],
-)
+@all_kinds
 @pytest.mark.parametrize("utterances", [1, 3])
 def test_kernels_are_as_good_as_operations(
     frames: int, utterances: int, masks: str, positions: bool, penalised: bool, key: nn.Module

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpu_device import DEVICE, kernels
-from test_attention import Attention, results, test_weights_take_gradients_of_any_operation
+from test_attention import Attention, all_kinds, results, test_weights_take_gradients_of_any_operation
 from zipformer_crctc import native
 
 
@@ -17,16 +17,7 @@ def on_device() -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 7, 63])
-@pytest.mark.parametrize(
-    ("masks", "positions", "penalised", "key"),
-    [
-        ("", True, False, nn.Identity()),
-        ("padding", False, False, nn.Identity()),
-        ("padding, forbidden", True, True, nn.Identity()),
-        ("forbidden, each", True, False, nn.Tanh()),
-        ("padding, forbidden, each", False, True, nn.Tanh()),
-    ],
-)
+@all_kinds
 @pytest.mark.parametrize("utterances", [1, 3])
 def test_kernels_are_as_good_as_operations(
     frames: int, utterances: int, masks: str, positions: bool, penalised: bool, key: nn.Module

@@ -51,9 +51,7 @@ class _BiasNormFunction(torch.autograd.Function):
             if original is not None and scale is not None:
                 y = original + (y - original) * scale
         ctx.dtypes = x.dtype, None if original is None else original.dtype
-        ctx.save_for_backward(
-            kept(x), bias, gain, None if original is None else kept(original), scale, factors
-        )
+        ctx.save_for_backward(kept(x), bias, gain, None if original is None else kept(original), scale, factors)
         return y
 
     @staticmethod
