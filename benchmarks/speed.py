@@ -291,9 +291,8 @@ def _row(
     case: Case, unit: str, values: dict[str, float], details: dict[str, Any], higher_is_better: bool
 ) -> dict[str, Any]:
     """One row of a results file. The ratio is above 1 where ours is faster or smaller."""
-    on_gpu = torch.device(case.device).type == "cuda"
     threads = case.threads or torch.get_num_threads()
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread(s)"
+    device = torch.cuda.get_device_name() if case.on_gpu else f"CPU, {threads} thread(s)"
     ours, other = values[OURS], values.get(peer.NAME)
     ratio = None if other is None else round(ours / other if higher_is_better else other / ours, 2)
     timed = None if other is None else {"name": peer.NAME, "speed": round(other, 3)}

@@ -97,7 +97,7 @@ class Fake(GraphedPasses):
         super().__init__(model)
         self.did: list[str] = []
 
-    def _recorded(self, features: Tensor, num_frames: Tensor, whitens: Any) -> Any:
+    def _recorded(self, features: Tensor, num_frames: Tensor, decide_again: Any) -> Any:
         self.did.append("record")
         return FakeRecording(self._batch_count())
 

@@ -142,14 +142,8 @@ def test_autocast(dtype: torch.dtype) -> None:
     """Inputs are rounded, as by PyTorch's convolution; parameters are not; gradients are float32 again."""
     torch.manual_seed(0)
     conv, (x, grad) = conv_of(24, 7), random(2, 10, 2, 24)
-    enabled, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    try:
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", dtype)
+    with torch.autocast(DEVICE, dtype):
         inner = run(x, conv, grad.to(dtype))
-    finally:
-        torch.set_autocast_enabled("cuda", enabled)
-        torch.set_autocast_dtype("cuda", before)
     want = run(x.to(dtype), conv, grad.to(dtype))
     assert [z.dtype for z in inner] == [dtype, FP32, FP32, FP32]
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(inner, want, strict=True))

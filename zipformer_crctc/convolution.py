@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc import gpu, native
+from zipformer_crctc.products import mixed_precision
 
 MAX_TAPS = 64
 """As in csrc/convolution.c."""
@@ -25,8 +26,8 @@ def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """Depthwise convolution over the first axis of (T, N, C), with the weight, bias and padding of `conv`."""
     padding = conv.padding[0]
     assert isinstance(padding, int)
-    if gpu.takes(x) and x.dtype in gpu.DTYPES and torch.is_autocast_enabled("cuda"):
-        x = x.to(torch.get_autocast_dtype("cuda"))  # as PyTorch's convolution does
+    if (dtype := mixed_precision(x)) is not None:
+        x = x.to(dtype)  # as PyTorch's convolution does
     if len(x) + 2 * padding >= conv.kernel_size[0] and _suits(x, conv):
         return _Depthwise.apply(x, conv.weight, conv.bias, padding)
     # The sequence is, as it lies in memory, an image of T rows, N columns and C channels in channels-last order, for

@@ -15,6 +15,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,9 +130,16 @@ class GraphedPasses:
             self._recordings.popitem(last=False)
         whitens = [module for module in self.model.modules() if isinstance(module, Whiten)]
         decisions, probs = random.getstate(), [whiten.prob for whiten in whitens]
+
+        def decide_again() -> None:
+            """Let the next pass decide as the next one would have here."""
+            random.setstate(decisions)
+            for whiten, prob in zip(whitens, probs, strict=True):
+                whiten.prob = prob
+
         failure = None
         try:
-            return self._recorded(features, num_frames, whitens)
+            return self._recorded(features, num_frames, decide_again)
         except RuntimeError as error:  # out of memory, too; what is beyond repair will show in the next pass
             failure = str(error)
         # Only now is nothing of the failed pass left.
@@ -139,19 +147,16 @@ class GraphedPasses:
         self.clear()
         self._gradients, self._pool, self._works = [], None, False
         torch.cuda.empty_cache()
-        random.setstate(decisions)
-        for whiten, prob in zip(whitens, probs, strict=True):
-            whiten.prob = prob
+        decide_again()
         return None
 
-    def _recorded(self, features: Tensor, num_frames: Tensor, whitens: list[Whiten]) -> _Recording:
+    def _recorded(self, features: Tensor, num_frames: Tensor, decide_again: Callable[[], None]) -> _Recording:
         started = time.perf_counter()
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self.parameters]
         if not self._recordings:
             self._pool = torch.cuda.graph_pool_handle()
         features, num_frames = features.clone(), num_frames.clone()
-        decisions, probs = random.getstate(), [whiten.prob for whiten in whitens]
         kind, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         grad: Tensor | None = None
 
@@ -176,9 +181,7 @@ class GraphedPasses:
         grad = torch.zeros_like(log_probs)
         backward_pass(log_probs)
         del log_probs, lengths
-        random.setstate(decisions)
-        for whiten, prob in zip(whitens, probs, strict=True):
-            whiten.prob = prob
+        decide_again()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, such as that which pins the memory of batches, may do as they like.
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):

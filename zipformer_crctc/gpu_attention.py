@@ -27,11 +27,9 @@ DIAGONAL_TILE = (32, 128)
 """Targets and offsets of a program that adds up along offsets."""
 
 
-@triton.jit(do_not_specialize=["rows", "utterances", "frames", "first_of_forbidden"])
-def _weights(
-    scores, pos_query, pos_key, padding, forbidden, large, rows, utterances, frames, frame_step, utterance_step,
-    first_of_forbidden, limit, masked_score, channels: tl.constexpr, rows_each: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _places(rows, utterances, frames, rows_each: tl.constexpr, block: tl.constexpr):
+    """The rows of this program, one for each target of a head in an utterance, their sources, and where these are."""
     row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
     source = tl.arange(0, block)
     target = row % frames
@@ -39,6 +37,27 @@ def _weights(
     head = row // (frames * utterances)
     inside = (row < rows)[:, None] & (source < frames)[None, :]
     place = row.to(tl.int64)[:, None] * frames + source[None, :]
+    return row, source, target, utterance, head, inside, place
+
+
+@triton.jit
+def _filled(x, value, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside):
+    """x with a value in the places of sources that are not to be attended to."""
+    if forbidden is not None:
+        of_mask = (utterance.to(tl.int64) * first_of_forbidden + target * frames)[:, None] + source[None, :]
+        x = tl.where(tl.load(forbidden + of_mask, mask=inside, other=0) != 0, value, x)
+    if padding is not None:
+        of_mask = (utterance * frames)[:, None] + source[None, :]
+        x = tl.where(tl.load(padding + of_mask, mask=inside, other=0) != 0, value, x)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "utterances", "frames", "first_of_forbidden"])
+def _weights(
+    scores, pos_query, pos_key, padding, forbidden, large, rows, utterances, frames, frame_step, utterance_step,
+    first_of_forbidden, limit, masked_score, channels: tl.constexpr, rows_each: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row, source, target, utterance, head, inside, place = _places(rows, utterances, frames, rows_each, block)
     score = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
     if pos_key is not None:
         query = target.to(tl.int64) * frame_step + utterance * utterance_step + head * channels
@@ -50,12 +69,9 @@ def _weights(
     if large is not None:
         over = (score > limit).to(tl.int8) - (score < -limit).to(tl.int8)
         tl.store(large + place, over, mask=inside)
-    if forbidden is not None:
-        of_mask = (utterance.to(tl.int64) * first_of_forbidden + target * frames)[:, None] + source[None, :]
-        score = tl.where(tl.load(forbidden + of_mask, mask=inside, other=0) != 0, masked_score, score)
-    if padding is not None:
-        of_mask = (utterance * frames)[:, None] + source[None, :]
-        score = tl.where(tl.load(padding + of_mask, mask=inside, other=0) != 0, masked_score, score)
+    score = _filled(
+        score, masked_score, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside
+    )
     score = tl.where((source < frames)[None, :], score, float("-inf"))
     weight = tl.exp(score - tl.max(score, axis=1)[:, None])
     tl.store(scores + place, weight / tl.sum(weight, axis=1)[:, None], mask=inside)
@@ -67,23 +83,12 @@ def _weights_gradient(
     frame_step, utterance_step, first_of_forbidden, penalty,
     channels: tl.constexpr, rows_each: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
-    source = tl.arange(0, block)
-    target = row % frames
-    utterance = (row // frames) % utterances
-    head = row // (frames * utterances)
-    inside = (row < rows)[:, None] & (source < frames)[None, :]
-    place = row.to(tl.int64)[:, None] * frames + source[None, :]
+    row, source, target, utterance, head, inside, place = _places(rows, utterances, frames, rows_each, block)
     weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     slope = weight * (slope - tl.sum(weight * slope, axis=1)[:, None])
     # What is masked is a constant, also where all of a target's sources are, which then have weights.
-    if forbidden is not None:
-        of_mask = (utterance.to(tl.int64) * first_of_forbidden + target * frames)[:, None] + source[None, :]
-        slope = tl.where(tl.load(forbidden + of_mask, mask=inside, other=0) != 0, 0.0, slope)
-    if padding is not None:
-        of_mask = (utterance * frames)[:, None] + source[None, :]
-        slope = tl.where(tl.load(padding + of_mask, mask=inside, other=0) != 0, 0.0, slope)
+    slope = _filled(slope, 0.0, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside)
     if large is not None:
         slope += penalty * tl.load(large + place, mask=inside, other=0).to(tl.float32)
     tl.store(grad + place, slope, mask=inside)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import gpu, native
 from zipformer_crctc.native import Kernel
-from zipformer_crctc.products import linear, over_rows
+from zipformer_crctc.products import linear, mixed_precision, over_rows
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
 
@@ -268,13 +268,6 @@ def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]
     return metric, slope
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """bfloat16 under such autocast; the range of float16 is too small for what is not yet scaled."""
-    kind = x.device.type
-    with_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
-    return torch.bfloat16 if with_bfloat16 else torch.float32
-
-
 class _WhitenFunction(torch.autograd.Function):
     """Adds to the gradient a multiple of the metric's gradient where the metric is above the limit."""
 
@@ -283,7 +276,8 @@ class _WhitenFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.module = module
         ctx.limit = module.value(module.whitening_limit)
-        ctx.dtype = _dtype_of_products(x) if gpu.takes(x) else None
+        # The range of float16 is too small for what is not yet scaled.
+        ctx.dtype = torch.bfloat16 if mixed_precision(x) is torch.bfloat16 else torch.float32
         return x.view_as(x)
 
     @staticmethod
