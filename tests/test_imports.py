@@ -26,6 +26,8 @@ MODEL = [
     "lowprecision",
     "gpu_tiles",
     "gpu_activations",
+    "gpu_images",
+    "gpu_sequences",
     "products",
     "gpu_norms",
     "gpu_convolution",

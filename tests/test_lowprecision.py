@@ -74,6 +74,21 @@ def test_a_cast_is_shared_while_it_is_there() -> None:
     assert not lowprecision.cast(x, LOW).is_inference()
 
 
+def test_a_copy_that_was_made_elsewhere_is_kept_as_long_as_what_it_is_of() -> None:
+    for context in (torch.inference_mode(), torch.inference_mode(False)):
+        with context:
+            x, y = torch.randn(2, 3).unbind()
+            lowprecision.remember(x, copy := x.to(LOW))
+            place = copy.data_ptr()
+            del copy
+            assert lowprecision.cast(x, LOW).data_ptr() == place
+            assert torch.equal(lowprecision.cast(y, LOW), y.to(LOW))
+            assert torch.equal(lowprecision.cast(x, torch.float16), x.to(torch.float16))
+            lowprecision.remember(x, x.to(LOW))
+            del x
+            assert lowprecision._casts.newest is None
+
+
 @pytest.mark.parametrize("shape", [(5, 2, 8), (0, 2, 8), (8,)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_under_autocast(shape: tuple[int, ...], bias: bool) -> None:

@@ -11,6 +11,7 @@ every step as without graphs, but the steps of one shape between two recordings 
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
@@ -60,8 +61,10 @@ class _Recording:
 class GraphedPasses:
     """A model whose training passes on a GPU are replayed. One at a time: a backward pass follows each forward pass.
 
-    Gradients are those of the last backward pass; they are not added to what is there, so none may be there. That no
-    utterance is too short or longer than the features is looked at in passes that are not replayed only.
+    Gradients are those of the last backward pass; they are not added to what is there, so none may be there. No result
+    of a pass may be kept until the next: what PyTorch keeps with it for the parameters belongs to the stream of its
+    pass, and a recording fails. That no utterance is too short or longer than the features is looked at in passes that
+    are not replayed only.
 
     Args:
         model: from features and frame counts to log-probabilities and lengths, all on one GPU, where kernels suit.
@@ -147,11 +150,16 @@ class GraphedPasses:
         self.clear()
         self._gradients, self._pool, self._works = [], None, False
         torch.cuda.empty_cache()
+        # A recording that ended in the middle may have left the random numbers of the device to it.
+        numbers = torch.cuda.default_generators[features.device.index]
+        numbers.graphsafe_set_state(numbers.clone_state())
         decide_again()
         return None
 
     def _recorded(self, features: Tensor, num_frames: Tensor, decide_again: Callable[[], None]) -> _Recording:
         started = time.perf_counter()
+        # Recordings and graphs of earlier passes that are garbage must not be freed while one is made.
+        gc.collect()
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self.parameters]
         if not self._recordings:

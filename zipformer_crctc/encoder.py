@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from zipformer_crctc import gpu, native
 from zipformer_crctc.attention import RelativePositions
 from zipformer_crctc.layers import EncoderLayer, LayerSizes
 from zipformer_crctc.norms import Bypass, kept
@@ -38,12 +39,16 @@ class Downsample(nn.Module):
 
         With lengths (N,) the last valid frame of each utterance is repeated to the end, as it would be alone.
         """
-        missing = -x.shape[0] % self.factor
+        missing, weights = -x.shape[0] % self.factor, self.bias.softmax(dim=0)
+        if lengths is not None and gpu.takes(x) and not torch.is_grad_enabled() and native.suits(x, weights):
+            from zipformer_crctc.gpu_sequences import weighted_sums  # needs Triton
+
+            return weighted_sums(x.contiguous(), weights, lengths)
         if lengths is not None:
             x = repeat_last(x, lengths, x.shape[0] + missing)
         elif missing:
             x = torch.cat([x, x[-1:].expand(missing, -1, -1)])
-        return _WeightedSums.apply(x, self.bias.softmax(dim=0))
+        return _WeightedSums.apply(x, weights)
 
 
 class _WeightedSums(torch.autograd.Function):

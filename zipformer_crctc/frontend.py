@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from zipformer_crctc import native
 from zipformer_crctc.activations import (
     SWOOSH_L,
+    SWOOSH_R,
     SharedDropout,
     SwooshR,
     computed_again,
@@ -23,7 +25,7 @@ from zipformer_crctc.activations import (
 )
 from zipformer_crctc.convolution import depthwise_conv2d
 from zipformer_crctc.norms import BiasNorm
-from zipformer_crctc.products import Linear, linear
+from zipformer_crctc.products import Linear, linear, mixed_precision
 from zipformer_crctc.regularisers import Balancer, Parts, ScaleGrad, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -102,9 +104,13 @@ class ConvNeXt(ScheduledModule):
         if padding is not None:  # of a view, which keeps channels last in memory
             inner = x.permute(0, 2, 3, 1).masked_fill(padding[:, :, None, None], 0.0).permute(0, 3, 1, 2)
         images = in_parts(depthwise_conv2d(inner, self.depthwise_conv), self.hidden_channels)
-        parts = Parts()
+        originals, parts = in_parts(x, self.hidden_channels), Parts()
+        if not (self.training or torch.is_grad_enabled()):  # no sums to be joined later
+            y = torch.empty_like(x)
+            for image, original, result in zip(images, originals, in_parts(y, self.hidden_channels), strict=True):
+                torch.add(original, self._pointwise(image, parts), out=result)
+            return y
         residuals = [self._pointwise(image, parts) for image in images]
-        originals = in_parts(x, self.hidden_channels)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device).ge_(self.value(self.layerdrop_rate))
             kept = keep.to(x.dtype).split(len(images[0]))
@@ -197,6 +203,15 @@ class Conv2dSubsampling(nn.Module):
         What Swoosh gives is as large as its input, from which the backward pass computes it again.
         """
         not_kept: AbstractContextManager[None] = nullcontext()
+        dtype = mixed_precision(x)
+        if dtype is not None and not torch.is_grad_enabled() and native.suits(x.permute(0, 2, 3, 1)):
+            from zipformer_crctc.gpu_images import convolved  # needs Triton
+
+            image = x.permute(0, 2, 3, 1)
+            for conv in self.conv:
+                if isinstance(conv, nn.Conv2d):
+                    image = convolved(image, conv, SWOOSH_R, dtype)
+            return image.permute(0, 3, 1, 2), not_kept
         for layer in self.conv:
             with not_kept:
                 y = layer(x)

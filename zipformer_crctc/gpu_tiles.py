@@ -5,9 +5,13 @@ R rows, C channels.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+"""Triton's interpreter knows neither the machine's own functions nor products of bfloat16."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200."""
 PROGRAMS = 8 * MULTIPROCESSORS

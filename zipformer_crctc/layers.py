@@ -27,7 +27,7 @@ from zipformer_crctc.activations import (
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.frontend import scale_initial_values
-from zipformer_crctc.norms import BiasNorm, Bypass, keep_mask
+from zipformer_crctc.norms import BiasNorm, Bypass, added, keep_mask
 from zipformer_crctc.products import Linear, mixed_precision
 from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
@@ -268,17 +268,19 @@ class EncoderLayer(ScheduledModule):
             first_head = uniform_attention(first_head)
         attention_mask = self._skip_mask(x, self.attention_skip_rate)
 
-        x = x + self.feed_forward1(x)
-        x = _add(x, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
-        x = _add(x, self.self_attn1(x, attn_weights), attention_mask)
+        x = added(x, self.feed_forward1(x))
+        x = added(x, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
+        x = added(x, self.self_attn1(x, attn_weights), attention_mask)
         convolved = self.conv_module1(x, key_padding_mask, chunk_size, lengths)
-        x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
-        x = _add(x, self.balancer_ff2(self.feed_forward2(x)), self._skip_mask(x, self.ff2_skip_rate))
+        x = added(x, convolved, self._skip_mask(x, self.conv_skip_rate))
+        update = self.balancer_ff2(self.feed_forward2(x))
+        x = added(x, update, self._skip_mask(x, self.ff2_skip_rate), for_products=False)
         x = self.bypass_mid(original, x)
-        x = _add(x, self.self_attn2(x, attn_weights), attention_mask)
+        x = added(x, self.self_attn2(x, attn_weights), attention_mask)
         convolved = self.conv_module2(x, key_padding_mask, chunk_size, lengths)
-        x = _add(x, convolved, self._skip_mask(x, self.conv_skip_rate))
-        x = _add(x, self.balancer_ff3(self.feed_forward3(x)), self._skip_mask(x, self.ff3_skip_rate))
+        x = added(x, convolved, self._skip_mask(x, self.conv_skip_rate))
+        update = self.balancer_ff3(self.feed_forward3(x))
+        x = added(x, update, self._skip_mask(x, self.ff3_skip_rate), for_products=False)
         x = self.balancer1(x)
         x = self.norm(x, (original, self.bypass))
         return self.whiten(self.balancer2(x))
@@ -287,7 +289,3 @@ class EncoderLayer(ScheduledModule):
         """Which utterances keep a module's output, or None where all do."""
         rate = self.value(schedule) if self.training else 0.0
         return keep_mask(x, rate) if rate > 0.0 else None
-
-
-def _add(x: Tensor, update: Tensor, mask: Tensor | None) -> Tensor:
-    return x + update if mask is None else torch.addcmul(x, update, mask)

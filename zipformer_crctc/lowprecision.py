@@ -77,10 +77,13 @@ def copy_of(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Casts(threading.local):
-    """The last arrays that were cast in this thread, and their copies, as long as something else keeps both."""
+    """What was cast in this thread."""
 
     def __init__(self) -> None:
         self.last: OrderedDict[int, tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]]] = OrderedDict()
+        """The last arrays by their ids, and copies, as long as something else keeps both."""
+        self.newest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        """The last of them: its copy is kept as long as itself."""
 
 
 _casts = _Casts()
@@ -88,19 +91,43 @@ _casts = _Casts()
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, not to be written to: several layers share one copy of what they are given in turn."""
-    if x.dtype == dtype or torch.is_inference_mode_enabled():
-        return x.to(dtype)
+    if x.dtype == dtype:
+        return x
+    if (newest := _casts.newest) is not None and _fits(x, dtype, newest[0], newest[1], newest[2]):
+        return newest[2]
     if (before := _casts.last.pop(id(x), None)) is not None:
         of, version, made = before
-        copy = made()
-        if of() is x and version == x._version and copy is not None and copy.dtype == dtype:
+        if (copy := made()) is not None and _fits(x, dtype, of, version, copy):
             _casts.last[id(x)] = before
             return copy
     copy = x.detach().to(dtype)
-    _casts.last[id(x)] = weakref.ref(x), x._version, weakref.ref(copy)
-    if len(_casts.last) > CASTS:
-        _casts.last.popitem(last=False)
+    remember(x, copy)
     return copy
+
+
+def remember(x: Tensor, copy: Tensor) -> None:
+    """Say that there is a copy of x in another dtype, which `cast` is to give."""
+    version = _version(x)
+    casts = _casts  # of this thread
+
+    def forget(of: weakref.ref[Tensor]) -> None:
+        if casts.newest is not None and casts.newest[0] is of:
+            casts.newest = None
+
+    casts.newest = weakref.ref(x, forget), version, copy
+    casts.last[id(x)] = weakref.ref(x), version, weakref.ref(copy)
+    if len(casts.last) > CASTS:
+        casts.last.popitem(last=False)
+
+
+def _fits(x: Tensor, dtype: torch.dtype, of: weakref.ref[Tensor], version: int, copy: Tensor) -> bool:
+    same = of() is x and version == _version(x) and copy.dtype == dtype
+    return same and copy.is_inference() == torch.is_inference_mode_enabled()
+
+
+def _version(x: Tensor) -> int:
+    """Of inference mode's arrays PyTorch does not count changes; nothing changes those that are cast."""
+    return 0 if x.is_inference() else x._version
 
 
 def _update(dtype: torch.dtype, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""BiasNorm and bypasses.
+"""BiasNorm, bypasses and residual additions.
 
 T frames, N utterances, C channels; sequences are (T, N, C).
 Source: Zipformer (Yao et al., ICLR 2024), sections 3.2 (bypass) and 3.3 (BiasNorm).
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zipformer_crctc import lowprecision, native
+from zipformer_crctc import gpu, lowprecision, native
 from zipformer_crctc.activations import kernel_sizes
 from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import mixed_precision
@@ -164,6 +164,52 @@ class _BypassFunction(torch.autograd.Function):
             missing = len(x) * ctx.repeat - len(grad)
             through = F.pad(through, (0, 0, 0, 0, 0, missing)).unflatten(0, (-1, ctx.repeat)).sum(dim=1)
         return grad_original, through.to(ctx.dtypes[1]), grad_scale, None
+
+
+class _Added(torch.autograd.Function):
+    """A residual addition and, under autocast, the 16-bit copy of its result, from which the next module begins."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor, mask: Tensor | None, low: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        from zipformer_crctc.gpu_sequences import added  # needs Triton
+
+        ctx.save_for_backward(mask)
+        ctx.dtypes = x.dtype, update.dtype
+        y, copy = added(x, update, mask, low)
+        if copy is not None:
+            ctx.mark_non_differentiable(copy)
+        return y, copy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        of_update = grad if mask is None else grad * mask
+        return grad.to(ctx.dtypes[0]), of_update.to(ctx.dtypes[1]), None, None
+
+
+def added(x: Tensor, update: Tensor, mask: Tensor | None = None, for_products: bool = True) -> Tensor:
+    """A residual addition, (T, N, C).
+
+    Args:
+        x: what is added to.
+        update: what is added.
+        mask: (N, 1), which utterances get their update; None for all.
+        for_products: whether what comes next are matrix products; else only training has a use for a 16-bit copy.
+    """
+    low = mixed_precision(x) if for_products or torch.is_grad_enabled() else None
+    arrays = (x, update) if mask is None else (x, update, mask)
+    with_copy = low is not None and torch.promote_types(x.dtype, update.dtype) != low
+    gains = gpu.takes(x) and (with_copy or x.dtype != update.dtype)
+    if gains and native.suits(*arrays) and all(array.is_contiguous() for array in arrays):
+        y, copy = _Added.apply(x, update, mask, low if with_copy else None)
+        if copy is not None:
+            lowprecision.remember(y, copy)
+        return y
+    return x + update if mask is None else torch.addcmul(x, update, mask)
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:

@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (dtype := mixed_precision(x)) is not None:
         if torch.is_grad_enabled():
             return _MixedLinear.apply(x, weight, bias, dtype)
-        return _linear_in(x.to(dtype), weight, bias)
+        return _linear_in(lowprecision.cast(x, dtype), weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -133,10 +133,10 @@ def greedy_search(
     is_token = valid & (ids != blank_id)
     begins = is_token & (ids != previous)
     continues = torch.nn.functional.pad((is_token & ~begins)[:, 1:], (0, 1))
-    counts = begins.sum(dim=1).tolist()
+    ends = [0, *begins.sum(dim=1).cumsum(dim=0).tolist()]
     found = (ids[begins], begins.nonzero()[:, 1], (is_token & ~continues).nonzero()[:, 1])
-    parts = zip(*(values.cpu().split(counts) for values in found), strict=True)
+    tokens, first, last = torch.stack(found).tolist()
     return [
-        Hypothesis(tokens.tolist(), first.tolist(), score, factor, last_frames=last.tolist())
-        for (tokens, first, last), score in zip(parts, scores, strict=True)
+        Hypothesis(tokens[start:end], first[start:end], score, factor, last_frames=last[start:end])
+        for start, end, score in zip(ends, ends[1:], scores, strict=False)
     ]

@@ -182,10 +182,10 @@ class PhoneTokenizer:
         return [self.pieces[i] for i in ids if i != self.boundary_id]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise ValueError(
-                f"id {wrong[0]} is outside the vocabulary of {self.vocab_size} pieces; "
+                f"id {wrong} is outside the vocabulary of {self.vocab_size} pieces; "
                 "the ids come from a model with another tokenizer"
             )
 
