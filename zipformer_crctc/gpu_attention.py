@@ -21,84 +21,93 @@ from zipformer_crctc import gpu
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
 from zipformer_crctc.gpu_tiles import PROGRAMS
 
-TILE = 1024
-"""Weights of the targets that a program holds."""
+WARP_SOURCES = 256
+"""Sources of a target that a warp holds."""
+MAX_UTTERANCES = 16
+"""A program does one target of so many utterances, as these share positional keys."""
 DIAGONAL_TILE = (32, 128)
 """Targets and offsets of a program that adds up along offsets."""
 
 
 @triton.jit
-def _places(rows, utterances, frames, rows_each: tl.constexpr, block: tl.constexpr):
-    """The rows of this program, one for each target of a head in an utterance, their sources, and where these are."""
-    row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
+def _sources(frames, block: tl.constexpr):
+    """All sources, and which of them exist; more than half of a block do, and those need no mask."""
     source = tl.arange(0, block)
-    target = row % frames
-    utterance = (row // frames) % utterances
-    head = row // (frames * utterances)
-    inside = (row < rows)[:, None] & (source < frames)[None, :]
-    place = row.to(tl.int64)[:, None] * frames + source[None, :]
-    return row, source, target, utterance, head, inside, place
+    return source, (source < block // 2) | (source < frames)
 
 
 @triton.jit
-def _filled(x, value, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside):
+def _pos_keys(pos_key, target, head, source, exists, frames, channels: tl.constexpr, padded: tl.constexpr):
+    """Positional keys of a target's sources, (c, sources), from (H, 2T - 1, c): one load for all channels of each."""
+    channel = tl.arange(0, padded)
+    place = (head * (2 * frames - 1) + frames - 1 - target + source) * channels
+    inside = (channel < channels)[:, None] & exists[None, :]
+    return tl.load(pos_key + place[None, :] + channel[:, None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _filled(x, value, padding, forbidden, first_of_forbidden, target, utterance, source, frames, exists):
     """x with a value in the places of sources that are not to be attended to."""
     if forbidden is not None:
-        of_mask = (utterance.to(tl.int64) * first_of_forbidden + target * frames)[:, None] + source[None, :]
-        x = tl.where(tl.load(forbidden + of_mask, mask=inside, other=0) != 0, value, x)
+        of_mask = tl.cast(utterance, tl.int64) * first_of_forbidden + target * frames + source
+        x = tl.where(tl.load(forbidden + of_mask, mask=exists, other=0) != 0, value, x)
     if padding is not None:
-        of_mask = (utterance * frames)[:, None] + source[None, :]
-        x = tl.where(tl.load(padding + of_mask, mask=inside, other=0) != 0, value, x)
+        x = tl.where(tl.load(padding + utterance * frames + source, mask=exists, other=0) != 0, value, x)
     return x
 
 
-@triton.jit(do_not_specialize=["rows", "utterances", "frames", "first_of_forbidden"])
+@triton.jit(do_not_specialize=["utterances", "frames", "each", "first_of_forbidden"])
 def _weights(
-    scores, pos_query, pos_key, padding, forbidden, large, rows, utterances, frames, frame_step, utterance_step,
-    first_of_forbidden, limit, masked_score, channels: tl.constexpr, rows_each: tl.constexpr, block: tl.constexpr,
+    scores, pos_query, pos_key, padding, forbidden, large, utterances, frames, each, first_of_forbidden,
+    limit, masked_score, channels: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    row, source, target, utterance, head, inside, place = _places(rows, utterances, frames, rows_each, block)
-    score = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
+    target, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    source, exists = _sources(frames, block)
+    channel = tl.arange(0, padded)
     if pos_key is not None:
-        query = target.to(tl.int64) * frame_step + utterance * utterance_step + head * channels
-        offset = frames - 1 - target[:, None] + source[None, :]
-        for channel in tl.static_range(channels):
-            of_query = tl.load(pos_query + query + channel, mask=row < rows, other=0.0).to(tl.float32)
-            key = (head * channels + channel)[:, None] * (2 * frames - 1) + offset
-            score += of_query[:, None] * tl.load(pos_key + key, mask=inside, other=0.0).to(tl.float32)
-    if large is not None:
-        over = (score > limit).to(tl.int8) - (score < -limit).to(tl.int8)
-        tl.store(large + place, over, mask=inside)
-    score = _filled(
-        score, masked_score, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside
-    )
-    score = tl.where((source < frames)[None, :], score, float("-inf"))
-    weight = tl.exp(score - tl.max(score, axis=1)[:, None])
-    tl.store(scores + place, weight / tl.sum(weight, axis=1)[:, None], mask=inside)
+        key = _pos_keys(pos_key, target, head, source, exists, frames, channels, padded)
+    for utterance in range(part * each, tl.minimum(part * each + each, utterances)):
+        place = (tl.cast(head * utterances + utterance, tl.int64) * frames + target) * frames + source
+        score = tl.load(scores + place, mask=exists, other=0.0).to(tl.float32)
+        if pos_key is not None:
+            of_query = (target.to(tl.int64) * utterances + utterance) * tl.num_programs(2) + head
+            query = tl.load(pos_query + of_query * channels + channel, mask=channel < channels, other=0.0)
+            score += tl.sum(query.to(tl.float32)[:, None] * key, axis=0)
+        if large is not None:
+            over = (score > limit).to(tl.int8) - (score < -limit).to(tl.int8)
+            tl.store(large + place, over, mask=exists)
+        score = _filled(
+            score, masked_score, padding, forbidden, first_of_forbidden, target, utterance, source, frames, exists
+        )
+        score = tl.where(exists, score, float("-inf"))
+        weight = tl.exp(score - tl.max(score, axis=0))
+        tl.store(scores + place, weight * (1.0 / tl.sum(weight, axis=0)), mask=exists)
 
 
-@triton.jit(do_not_specialize=["rows", "utterances", "frames"])
+@triton.jit(do_not_specialize=["utterances", "frames", "each", "first_of_forbidden"])
 def _weights_gradient(
-    weights, grad, pos_query, pos_key, padding, forbidden, large, grad_pos_query, rows, utterances, frames,
-    frame_step, utterance_step, first_of_forbidden, penalty,
-    channels: tl.constexpr, rows_each: tl.constexpr, block: tl.constexpr,
+    weights, grad, grad_pos_query, pos_key, padding, forbidden, large, utterances, frames, each, first_of_forbidden,
+    penalty, channels: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    row, source, target, utterance, head, inside, place = _places(rows, utterances, frames, rows_each, block)
-    weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    slope = weight * (slope - tl.sum(weight * slope, axis=1)[:, None])
-    # What is masked is a constant, also where all of a target's sources are, which then have weights.
-    slope = _filled(slope, 0.0, padding, forbidden, first_of_forbidden, utterance, target, source, frames, inside)
-    if large is not None:
-        slope += penalty * tl.load(large + place, mask=inside, other=0).to(tl.float32)
-    tl.store(grad + place, slope, mask=inside)
+    target, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    source, exists = _sources(frames, block)
+    channel = tl.arange(0, padded)
     if pos_key is not None:
-        query = target.to(tl.int64) * frame_step + utterance * utterance_step + head * channels
-        offset = frames - 1 - target[:, None] + source[None, :]
-        for channel in tl.static_range(channels):
-            key = (head * channels + channel)[:, None] * (2 * frames - 1) + offset
-            of_query = tl.sum(slope * tl.load(pos_key + key, mask=inside, other=0.0).to(tl.float32), axis=1)
-            tl.store(grad_pos_query + query + channel, of_query, mask=row < rows)
+        key = _pos_keys(pos_key, target, head, source, exists, frames, channels, padded)
+    for utterance in range(part * each, tl.minimum(part * each + each, utterances)):
+        place = (tl.cast(head * utterances + utterance, tl.int64) * frames + target) * frames + source
+        weight = tl.load(weights + place, mask=exists, other=0.0).to(tl.float32)
+        slope = tl.load(grad + place, mask=exists, other=0.0).to(tl.float32)
+        slope = weight * (slope - tl.sum(weight * slope, axis=0))
+        # What is masked is a constant, also where all of a target's sources are, which then have weights.
+        slope = _filled(slope, 0.0, padding, forbidden, first_of_forbidden, target, utterance, source, frames, exists)
+        if large is not None:
+            slope += penalty * tl.load(large + place, mask=exists, other=0).to(tl.float32)
+        tl.store(grad + place, slope, mask=exists)
+        if pos_key is not None:
+            of_query = (target.to(tl.int64) * utterances + utterance) * tl.num_programs(2) + head
+            total = tl.sum(slope[None, :] * key, axis=1)
+            tl.store(grad_pos_query + of_query * channels + channel, total, mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["utterances", "frames", "each"])
@@ -140,9 +149,9 @@ def _pos_key_gradient(
     )
 
 
-def _rows_of_a_program(frames: int) -> dict[str, int]:
-    block = triton.next_power_of_2(frames)
-    return {"rows_each": max(1, TILE // block), "block": block, "num_warps": 8 if block >= 2048 else 4}
+def _utterances_of_a_program(heads: int, utterances: int, frames: int) -> int:
+    """As many as share positional keys, or fewer, so that all multiprocessors have programs."""
+    return max(1, min(MAX_UTTERANCES, heads * utterances * frames // (8 * PROGRAMS)))
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -173,17 +182,20 @@ class Weights(torch.autograd.Function):
         pos_query = pos_query.contiguous()
         weights = torch.bmm(queries, keys.transpose(1, 2)).view(heads, utterances, frames, frames)
         large = torch.empty_like(weights, dtype=torch.int8) if penalised else None
-        # Neighbours among the sources are neighbours among the offsets.
-        pos_key_rows = None if pos_key is None else pos_key.t().contiguous()
-        ctx.numbers = weights.numel() // frames, utterances, frames, *pos_query.stride()[:2]
-        ctx.step = 0 if forbidden is None else forbidden.stride(0)
+        # (H, 2T - 1, c), so that neighbours among the sources read what is dense in memory.
+        pos_key_rows = None if pos_key is None else pos_key.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
+        each = _utterances_of_a_program(heads, utterances, frames)
+        ctx.grid = frames, triton.cdiv(utterances, each), heads
+        ctx.numbers = utterances, frames, each, 0 if forbidden is None else forbidden.stride(0)
         ctx.key = None if key is own_key else key.dtype
-        ctx.sizes, ctx.channels = sizes, sizes[2] // heads
-        ctx.blocks = _rows_of_a_program(frames)
+        ctx.sizes = sizes
+        channels, block = sizes[2] // heads, triton.next_power_of_2(frames)
+        ctx.blocks = {"channels": channels, "padded": triton.next_power_of_2(channels), "block": block}
+        ctx.blocks["num_warps"] = max(1, block // WARP_SOURCES)
         with gpu.on_device_of(weights):
-            _weights[(triton.cdiv(ctx.numbers[0], ctx.blocks["rows_each"]),)](
+            _weights[ctx.grid](
                 weights, pos_query, pos_key_rows, _bytes(padding), _bytes(forbidden), large, *ctx.numbers,
-                ctx.step, SCORE_LIMIT, MASKED_SCORE, ctx.channels, **ctx.blocks,
+                SCORE_LIMIT, MASKED_SCORE, **ctx.blocks,
             )  # fmt: skip
         ctx.save_for_backward(pos_query, pos_key_rows, padding, forbidden, large, queries, keys, weights)
         return weights
@@ -197,9 +209,9 @@ class Weights(torch.autograd.Function):
         grad_projected = queries.new_empty(frames, utterances, sum(ctx.sizes))
         grad_query, grad_own_key, grad_pos_query = grad_projected.split(ctx.sizes, dim=-1)
         of_positions = torch.empty_like(pos_query)
-        _weights_gradient[(triton.cdiv(ctx.numbers[0], ctx.blocks["rows_each"]),)](
-            weights, grad, pos_query, pos_key_rows, _bytes(padding), _bytes(forbidden), large, of_positions,
-            *ctx.numbers, ctx.step, SCORE_PENALTY, ctx.channels, **ctx.blocks,
+        _weights_gradient[ctx.grid](
+            weights, grad, of_positions, pos_key_rows, _bytes(padding), _bytes(forbidden), large, *ctx.numbers,
+            SCORE_PENALTY, **ctx.blocks,
         )  # fmt: skip
         scores = grad.flatten(0, 1)
         by_head(grad_query, heads).copy_(torch.bmm(scores, keys).view(heads, utterances, frames, -1))
@@ -262,7 +274,7 @@ class Averages(torch.autograd.Function):
         ctx.dtype = values.dtype
         values = by_head(values.to(weights.dtype), heads).flatten(0, 1)  # (H * N, T, E / H)
         ctx.save_for_backward(weights, values)
-        return _side_by_side(torch.bmm(weights.flatten(0, 1), values), utterances)
+        return _products_side_by_side(weights.flatten(0, 1), values, utterances)
 
     @staticmethod
     @once_differentiable
@@ -270,14 +282,20 @@ class Averages(torch.autograd.Function):
         weights, values = ctx.saved_tensors
         heads, utterances = weights.shape[:2]
         grad = by_head(grad_outputs[0].to(weights.dtype), heads).flatten(0, 1)
-        grad_values = torch.bmm(weights.flatten(0, 1).transpose(1, 2), grad)
+        grad_values = _products_side_by_side(weights.flatten(0, 1).transpose(1, 2), grad, utterances)
         of_weights = None
         if ctx.needs_input_grad[0]:
             shape = (heads, utterances)
             of_weights = Products(weights.shape, [Use(grad.unflatten(0, shape), values.unflatten(0, shape), 0)])
-        return of_weights, _side_by_side(grad_values, utterances).to(ctx.dtype)
+        return of_weights, grad_values.to(ctx.dtype)
 
 
-def _side_by_side(x: Tensor, utterances: int) -> Tensor:
-    """(H * N, T, e) to (T, N, H * e)."""
-    return x.unflatten(0, (-1, utterances)).permute(2, 1, 0, 3).flatten(2).contiguous()
+def _products_side_by_side(weights: Tensor, values: Tensor, utterances: int) -> Tensor:
+    """Products of (H * N, T, T) and (H * N, T, e), those of all heads side by side: (T, N, H * e)."""
+    matrices, frames, channels = values.shape
+    if matrices == utterances:  # one head, written to its place at once
+        products = values.new_empty(frames, utterances, channels)
+        torch.bmm(weights, values, out=products.transpose(0, 1))
+        return products
+    products = torch.bmm(weights, values)
+    return products.unflatten(0, (-1, utterances)).permute(2, 1, 0, 3).flatten(2).contiguous()
