@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -37,10 +38,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=result_path("precision"))
     parser.add_argument("more", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args()
-    curves = {
-        (precision, seed): curve(args, precision, seed)
-        for precision, seed in itertools.product(("fp32", "bf16"), SEEDS)
-    }
+    runs = list(itertools.product(("fp32", "bf16"), SEEDS))
+    # A GPU has room for all of them side by side.
+    with ThreadPoolExecutor(len(runs) if args.device == "cuda" else 1) as pool:
+        curves = dict(zip(runs, pool.map(lambda run: curve(args, *run), runs), strict=True))
     gap = mean(distance(curves["fp32", seed], curves["bf16", seed]) for seed in SEEDS)
     noise = distance(*(curves["fp32", seed] for seed in SEEDS))
     item = row(

@@ -6,7 +6,8 @@ Source: Zipformer (Yao et al., ICLR 2024), sections 3.3 and 3.4. C channels, T f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zipformer_crctc import native
+from zipformer_crctc import lowprecision, native
 from zipformer_crctc.native import Kernel
-from zipformer_crctc.products import grad_of_input, grads_of_parameters, linear
+from zipformer_crctc.products import grad_of_input, grads_of_parameters, linear, mixed_precision
 from zipformer_crctc.regularisers import at_least_float32
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -201,37 +202,70 @@ KEPT_BYTES = 1 << 22
 
 
 @contextmanager
-def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[Callable[[], Tensor]]:
     """What is done with y inside does not keep y for its backward pass, which computes it again: less memory.
 
+    Gives a function that returns y without gradient, computed again where it is not kept.
+
     Args:
-        y: a tensor that costs little to compute and that nothing but the operations inside would keep; without gaps in
-            memory.
+        y: a tensor that costs little to compute and that nothing but the operations inside would keep, whole or in
+            parts; without gaps in memory.
         compute: gives y anew, in its shape; called without gradients and, for mixed precision, as y was.
     """
     if not y.requires_grad or y.numel() * y.element_size() <= KEPT_BYTES:
-        yield
+        yield y.detach
         return
-    place, count, kind = y.data_ptr(), y.numel(), y.device.type
+    place, first, count, kind = y.untyped_storage().data_ptr(), int(y.storage_offset()), y.numel(), y.device.type
     shape, stride, dtype = y.shape, y.stride(), y.dtype
     autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    again: Tensor | None = None
+    uses = 0  # that are to come, for which one computation is enough
 
-    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-        is_y = saved.data_ptr() == place and saved.numel() == count and saved.dtype == dtype
-        return (saved.shape, saved.stride()) if is_y else saved
+    def get() -> Tensor:
+        nonlocal again
+        if again is not None:
+            return again
+        with torch.no_grad(), autocast:
+            result = compute()
+            if result.stride() != stride:
+                result = result.new_empty_strided(shape, stride).copy_(result)
+        if uses > 0:
+            again = result
+        return result
 
-    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        nonlocal uses
+        offset = int(saved.storage_offset()) - first
+        last = offset + sum((n - 1) * step for n, step in zip(saved.shape, saved.stride(), strict=True))
+        inside = saved.numel() > 0 and offset >= 0 and last < count
+        if not inside or saved.dtype != dtype or saved.untyped_storage().data_ptr() != place:
+            return saved
+        uses += 1
+        return saved.shape, saved.stride(), offset
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        nonlocal again, uses
         if isinstance(packed, Tensor):
             return packed
-        with torch.no_grad(), autocast:
-            again = compute()
-            if again.stride() != stride:
-                again = again.new_empty_strided(shape, stride).copy_(again)
-            # A view of y, transposed perhaps, is the same view of what was computed again.
-            return again.as_strided(*packed, again.storage_offset())
+        size, steps, offset = packed
+        whole = get()
+        uses -= 1
+        if uses <= 0:
+            again = None
+        # A view of y, transposed perhaps, is the same view of what was computed again.
+        return whole.as_strided(size, steps, whole.storage_offset() + offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+        yield get
+
+
+def projected_again(y: Tensor, layer: nn.Module, x: Tensor) -> AbstractContextManager[Callable[[], Tensor]]:
+    """`computed_again` for y, the result of a linear layer for x, in mixed precision; else y is kept.
+
+    Products cost little then, beside the memory.
+    """
+    dtype = mixed_precision(x) if torch.is_grad_enabled() else None
+    return nullcontext(y.detach) if dtype is None else computed_again(y, partial(layer, lowprecision.cast(x, dtype)))
 
 
 class SwooshR(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import gpu, native
-from zipformer_crctc.activations import Dropout, computed_again, tanh_gated
+from zipformer_crctc.activations import Dropout, computed_again, projected_again, tanh_gated
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
@@ -366,13 +365,21 @@ class NonlinAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:
         """(T, N, C) and (H, N, T, T) to (T, N, C); the hidden channels are shared out over the heads given."""
-        s, v, y = self.in_proj(x).chunk(3, dim=-1)
-        z = tanh_gated(self.whiten1(v), self.balancer(s))
-        with computed_again(z, partial(tanh_gated, v.detach(), s.detach())):
-            z = averaged(attn_weights, z)  # (T, N, E)
-        product = z * y
-        with computed_again(product, partial(torch.mul, z.detach(), y.detach())):
+        projected = self.in_proj(x)
+        with projected_again(projected, self.in_proj, x) as again:
+            s, v, y = projected.chunk(3, dim=-1)
+            z = tanh_gated(self.whiten1(v), self.balancer(s))
+            with computed_again(z, lambda: _tanh_gated_again(again())):
+                averages = averaged(attn_weights, z)  # (T, N, E)
+            product = averages * y
+        kept = averages.detach()
+        with computed_again(product, lambda: kept * again().chunk(3, dim=-1)[2]):
             return self.whiten2(self.out_proj(product))
+
+
+def _tanh_gated_again(projected: Tensor) -> Tensor:
+    s, v, _ = projected.chunk(3, dim=-1)
+    return tanh_gated(v, s)
 
 
 def uniform_attention(attn_weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ MAX_AGE, MAX_GAP = 0.1, 0.005
 """Relative changes of the adjusted batch count while schedules still change: after which a recording is made anew, and
 which a shape may take to come again, so that a recording is replayed often enough to be worth its cost."""
 MAX_RECORDINGS = 64
-"""The one that was not used for longest goes first. They share their memory, but for what goes in and comes out, which
-is 100 MB at 600 s of audio."""
+"""The one that was not used for longest goes first. They share their memory, that of the gradients too, but for what
+goes in and comes out, which is 100 MB at 600 s of audio."""
 
 
 @dataclass
@@ -49,8 +49,8 @@ class _Recording:
     lengths: Tensor
     grad: Tensor
     """of the log-probabilities"""
-    used: list[int]
-    """which parameters have gradients"""
+    gradients: list[tuple[nn.Parameter, Tensor]]
+    """In memory that the next pass, of this or another recording, uses for what comes before them."""
     read: list[Tensor | None]
     """what else of the model it reads, which must not go to other arrays"""
     batch_count: float
@@ -74,7 +74,6 @@ class GraphedPasses:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.seconds_of_last_recording = 0.0
-        self._gradients: list[Tensor] = []
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self._pool: Any = None
         self._recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
@@ -102,7 +101,7 @@ class GraphedPasses:
             return self.model(features, num_frames)
         self._recordings[key] = recording
         recording.replays += 1
-        return _Replay.apply(self._anchor, recording, self, features, num_frames)
+        return _Replay.apply(self._anchor, recording, features, num_frames)
 
     def clear(self) -> None:
         """Forget all recordings and shapes, so that what comes next does not depend on them."""
@@ -148,11 +147,11 @@ class GraphedPasses:
         # Only now is nothing of the failed pass left.
         logger.warning("passes are not recorded any more, training goes on without CUDA graphs: %s", failure)
         self.clear()
-        self._gradients, self._pool, self._works = [], None, False
+        self._pool, self._works = None, False
         torch.cuda.empty_cache()
-        # A recording that ended in the middle may have left the random numbers of the device to it.
-        numbers = torch.cuda.default_generators[features.device.index]
-        numbers.graphsafe_set_state(numbers.clone_state())
+        if features.is_cuda:  # a recording that ended in the middle may have left the device's random numbers to it
+            numbers = torch.cuda.default_generators[features.device.index]
+            numbers.graphsafe_set_state(numbers.clone_state())
         decide_again()
         return None
 
@@ -160,8 +159,6 @@ class GraphedPasses:
         started = time.perf_counter()
         # Recordings and graphs of earlier passes that are garbage must not be freed while one is made.
         gc.collect()
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(p) for p in self.parameters]
         if not self._recordings:
             self._pool = torch.cuda.graph_pool_handle()
         features, num_frames = features.clone(), num_frames.clone()
@@ -174,15 +171,10 @@ class GraphedPasses:
             with torch.autocast("cuda", kind, enabled, cache_enabled=False):
                 return self.model(features, num_frames)
 
-        def backward_pass(log_probs: Tensor) -> tuple[Tensor | None, ...]:
-            # Each gradient goes where it stays at once, so that there are never two of all.
-            hooks = [p.register_hook(kept.copy_) for p, kept in zip(self.parameters, self._gradients, strict=True)]
-            try:
-                with torch.autocast("cuda", enabled=False):
-                    return torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        def backward_pass(log_probs: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+            with torch.autocast("cuda", enabled=False):
+                found = torch.autograd.grad(log_probs, self.parameters, grad, allow_unused=True)
+            return list(_apart(zip(self.parameters, found, strict=True)))
 
         # Once without recording, with the same decisions: kernels are compiled and loaded now, libraries set up.
         log_probs, lengths = forward_pass()
@@ -195,14 +187,38 @@ class GraphedPasses:
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
             log_probs, lengths = forward_pass()
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-            gradients = backward_pass(log_probs)
-        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+            gradients = [(p, _without_keeping(gradient)) for p, gradient in backward_pass(log_probs)]
         tables = [module.table for module in self.model.modules() if isinstance(module, RelativePositions)]
         torch.cuda.synchronize()
         self.seconds_of_last_recording = time.perf_counter() - started
         logger.debug("recorded passes of %s in %.2f s", tuple(features.shape), self.seconds_of_last_recording)
-        made = forward, backward, features, num_frames, log_probs.detach(), lengths, grad, used, tables
+        made = forward, backward, features, num_frames, log_probs.detach(), lengths, grad, gradients, tables
         return _Recording(*made, self._batch_count())
+
+
+def _apart(found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Gradients, laid out as their parameters are and each in an array of its own: optimizers may write to them."""
+    seen = set()
+    for p, gradient in found:
+        if gradient is None:
+            continue
+        storage = gradient.untyped_storage()
+        if gradient.stride() != p.stride() or storage.nbytes() != p.nbytes or storage.data_ptr() in seen:
+            gradient = torch.empty_like(p).copy_(gradient)
+        seen.add(gradient.untyped_storage().data_ptr())
+        yield p, gradient
+
+
+class _Place:
+    """Where an array lies."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.__cuda_array_interface__ = x.__cuda_array_interface__
+
+
+def _without_keeping(x: Tensor) -> Tensor:
+    """The same array, whose memory others may take once x is gone."""
+    return torch.as_tensor(_Place(x.detach()), device=x.device)
 
 
 class _Replay(torch.autograd.Function):
@@ -210,23 +226,22 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, recording: _Recording, passes: GraphedPasses, features: Tensor, num_frames: Tensor
+        ctx: Any, anchor: Tensor, recording: _Recording, features: Tensor, num_frames: Tensor
     ) -> tuple[Tensor, Tensor]:
         recording.features.copy_(features)
         recording.num_frames.copy_(num_frames)
         recording.forward.replay()
-        ctx.recording, ctx.passes = recording, passes
+        ctx.recording = recording
         log_probs, lengths = recording.log_probs.detach(), recording.lengths.detach()
         ctx.mark_non_differentiable(lengths)
         return log_probs, lengths
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None]:
-        recording, passes = ctx.recording, ctx.passes
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None]:
+        recording = ctx.recording
         recording.grad.copy_(grad_outputs[0])
         recording.backward.replay()
-        for index in recording.used:
-            p = passes.parameters[index]
+        for p, gradient in recording.gradients:
             assert p.grad is None, "gradients of replayed passes cannot be added up"
-            p.grad = passes._gradients[index]
-        return None, None, None, None, None
+            p.grad = gradient
+        return None, None, None, None

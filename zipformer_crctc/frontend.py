@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +198,12 @@ class Conv2dSubsampling(nn.Module):
         x = self.out_norm(self.out_whiten(x))
         return self.dropout(x), lengths
 
-    def _convolved(self, x: Tensor) -> tuple[Tensor, AbstractContextManager[None]]:
+    def _convolved(self, x: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
         """(N, 1, T, F) to (N, C, T', F'), and the context of what comes next, where that is not kept.
 
         What Swoosh gives is as large as its input, from which the backward pass computes it again.
         """
-        not_kept: AbstractContextManager[None] = nullcontext()
+        not_kept: AbstractContextManager[Any] = nullcontext()
         dtype = mixed_precision(x)
         if dtype is not None and not torch.is_grad_enabled() and native.suits(x.permute(0, 2, 3, 1)):
             from zipformer_crctc.gpu_images import convolved  # needs Triton

@@ -7,28 +7,26 @@ Source: Zipformer (Yao et al., ICLR 2024), section 3.2 and figure 2.
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipformer_crctc import lowprecision
 from zipformer_crctc.activations import (
     SWOOSH_L,
     SWOOSH_R,
     SharedDropout,
     computed_again,
     gated,
+    projected_again,
     swoosh_linear,
 )
 from zipformer_crctc.attention import AttentionWeights, NonlinAttention, SelfAttention, uniform_attention
 from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.norms import BiasNorm, Bypass, added, keep_mask
-from zipformer_crctc.products import Linear, mixed_precision
+from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten
 from zipformer_crctc.schedule import Schedule, ScheduledModule
 
@@ -55,10 +53,7 @@ class FeedForward(nn.Module):
         """(T, N, C) to the same shape."""
         hidden = self.in_proj(x)
         mask = self.dropout.mask(hidden)
-        not_kept: AbstractContextManager[None] = nullcontext()
-        if torch.is_grad_enabled() and (dtype := mixed_precision(x)):  # products are cheap then, beside the memory
-            not_kept = computed_again(hidden, partial(self.in_proj, lowprecision.cast(x, dtype)))
-        with not_kept:
+        with projected_again(hidden, self.in_proj, x):
             balanced = self.hidden_balancer(hidden)
             result = swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_L, mask)
         return self.out_whiten(result)
@@ -162,15 +157,22 @@ class ConvModule(nn.Module):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """(T, N, C) and (N, T) to (T, N, C); chunk_size and lengths (`ChunkCausalConv`) at the stack's own rate."""
-        v, gate = self.in_proj(x).chunk(2, dim=-1)
-        u = gated(v, self.balancer1(gate), key_padding_mask)
-        with computed_again(u, partial(gated, v.detach(), gate.detach(), key_padding_mask)):
+        projected = self.in_proj(x)
+        with projected_again(projected, self.in_proj, x) as again:
+            v, gate = projected.chunk(2, dim=-1)
+            u = gated(v, self.balancer1(gate), key_padding_mask)
+        with computed_again(u, lambda: _gated_again(again(), key_padding_mask)):
             if isinstance(self.depthwise_conv, ChunkCausalConv):
                 u = self.depthwise_conv(u, chunk_size, lengths)
             else:
                 u = depthwise_conv(u, self.depthwise_conv)
         u = self.whiten(self.balancer2(u))
         return swoosh_linear(u, self.out_proj.weight, self.out_proj.bias, SWOOSH_R)
+
+
+def _gated_again(projected: Tensor, padding: Tensor | None) -> Tensor:
+    v, gate = projected.chunk(2, dim=-1)
+    return gated(v, gate, padding)
 
 
 @dataclass(frozen=True)
