@@ -1,4 +1,4 @@
-"""Depthwise convolutions: over time and, in the front-end, of images; by kernels on a CPU, and over time on a GPU.
+"""Depthwise convolutions: over time and, in the front-end, of images; by kernels on a CPU or a GPU.
 
 T frames, N utterances, C channels, K taps. Sequences are (T, N, C), images (N, C, T', F') with channels last in memory.
 """
@@ -39,14 +39,16 @@ def depthwise_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 def depthwise_conv2d(image: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` of an image, (N, C, T', F') to the same shape: depthwise, its kernel odd and its padding half of that."""
+    if (dtype := mixed_precision(image)) is not None:
+        image = image.to(dtype)  # as above
     if _suits(image, conv):
         return _Depthwise.apply(image, conv.weight, conv.bias, conv.kernel_size[1] // 2)
     return conv(image)
 
 
 def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d) -> bool:
-    if gpu.takes(x) and x.dim() == 4:
-        return False  # for images PyTorch has good kernels there
+    if x.dim() == 4 and not all(size % 2 for size in conv.kernel_size):
+        return False
     channels_last = x if x.dim() == 3 else x.permute(0, 2, 3, 1)
     enough = x.numel() > 0 and conv.weight[0].numel() <= MAX_TAPS and conv.weight.is_contiguous()
     return enough and native.suits(channels_last, conv.weight, conv.bias)
