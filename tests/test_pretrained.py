@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from random_checkpoint import write_checkpoint
+from small_models import random_batch
 from zipformer_crctc import checkpoint, pretrained
 from zipformer_crctc.checkpoint import CheckpointError
 from zipformer_crctc.pretrained import find_weights
@@ -105,6 +106,15 @@ def test_an_exported_folder(tmp_path: Path, tokens: str, for_transformers: bool)
     )
     assert exported.config == ours.config and exported.tokenizer.pieces == ours.tokenizer.pieces
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), exported.model.parameters(), strict=True))
+    rounded = build_recogniser(find_weights(folder), {}, device="cpu", precision="bf16")
+    batch = random_batch([40, 31], ["", ""])
+    with torch.inference_mode():
+        (near, _), (want, lengths) = rounded.log_probs(batch), ours.log_probs(batch)
+    assert near.dtype == torch.float32 and near.shape == want.shape and len(lengths) == 2
+    assert 0.0 < float((near - want).abs().max()) < 0.1
+    assert build_recogniser(find_weights(folder), {}, device="cpu", precision="auto").precision == "fp32"
+    with pytest.raises(ValueError, match="precision fp16: there is no GPU"):
+        build_recogniser(find_weights(folder), {}, device="cpu", precision="fp16")
     for text in ("[", "[]", '{"sizes": 1}'):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):

@@ -223,6 +223,8 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
             f"--decoding-method {method}: needs the package k2, which is not installed; install a wheel of it that was "
             f"built for your PyTorch, or give {BEAM_SEARCH}."
         )
+    if config.precision == "fp16" and config.device == "cpu":
+        problems.append("--precision fp16: a CPU takes fp32 or bf16; give one of them or auto, or --device cuda.")
     if method != BEAM_SEARCH and config.lm is not None:
         problems.append(f"--lm {config.lm}: {method} takes none; give --decoding-method {BEAM_SEARCH}.")
     if method == NBEST and config.nbest > config.num_paths:

@@ -309,8 +309,16 @@ class DecodeConfig:
     """JSON file with the correction of the times that time_errors.py fitted; without it the built-in one."""
     device: str = "auto"
     """auto (GPU if there is one), cpu or cuda."""
+    precision: str = "fp32"
+    """fp32; for speed on a GPU bf16, or fp16, whose results differ by rounding; auto is bf16 on a GPU, else fp32."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+
+    def precision_on(self, device_type: str) -> str:
+        """Precision of the model on a device type ("cpu" or "cuda"): "fp32", "bf16" or "fp16"."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if device_type == "cuda" else "fp32"
 
 
 @dataclass(frozen=True)

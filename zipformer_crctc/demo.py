@@ -38,7 +38,7 @@ from zipformer_crctc.transcriber import PhoneRecognizer
 
 logger = logging.getLogger(__name__)
 
-DECODE_FIELDS = ("decoding_method", "beam", "insertion_bonus", "blank_penalty", "device", "num_threads")
+DECODE_FIELDS = ("decoding_method", "beam", "insertion_bonus", "blank_penalty", "device", "precision", "num_threads")
 """The fields of DecodeConfig that are flags here too."""
 ALL_PHONES = "all phones"
 SHOWN_SECONDS = 60.0

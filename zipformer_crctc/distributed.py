@@ -99,6 +99,12 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def autocast_to(precision: str, device_type: str) -> torch.autocast:
+    """What forward passes run in for a precision, "fp32", "bf16" or "fp16", on a device type ("cpu" or "cuda")."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device_type, dtype=dtype, enabled=precision != "fp32")
+
+
 def launch(run: Callable[..., None], world_size: int, master_port: int, *args: Any) -> None:
     """Call run(process rank, *args) in `world_size` processes; under torchrun, in this one.
 

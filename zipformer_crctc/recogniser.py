@@ -15,7 +15,7 @@ from zipformer_crctc.checkpoint import choose_checkpoints, load_model
 from zipformer_crctc.commandline import DecodeArgs, resolve_model
 from zipformer_crctc.config import DecodeConfig, ModelConfig
 from zipformer_crctc.dataconfig import load_data_config
-from zipformer_crctc.distributed import choose_device
+from zipformer_crctc.distributed import autocast_to, choose_device
 from zipformer_crctc.features import LOG_EPS
 from zipformer_crctc.frontend import padding_mask
 from zipformer_crctc.loader import Batch, BatchLoader, build_eval_loader
@@ -38,6 +38,8 @@ class Recogniser:
     config: ModelConfig
     published_padding: bool = False
     """Whether padding leaks into the utterances before it; else the batch makes no difference."""
+    precision: str = "fp32"
+    """Of the model: fp32, bf16 or fp16."""
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,8 @@ class Recogniser:
         features, num_frames = features.to(self.device), num_frames.to(self.device)
         if self.config.causal:
             features, num_frames = with_silence(features, num_frames)
-        log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
+        with autocast_to(self.precision, self.device.type):
+            log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
 
 
@@ -85,7 +88,8 @@ def load_recogniser(args: DecodeArgs) -> Recogniser:
         weights = average_weights(
             choose_checkpoints(decode.exp_dir, decode.epoch, decode.iter, decode.avg, decode.use_averaged_model)
         )
-    return build_recogniser(weights, args.given_model, args.data.bpe_model, decode.device, decode.published_padding)
+    settings = decode.device, decode.published_padding, decode.precision
+    return build_recogniser(weights, args.given_model, args.data.bpe_model, *settings)
 
 
 def build_recogniser(
@@ -94,6 +98,7 @@ def build_recogniser(
     bpe_model: Path | None = None,
     device: str = "auto",
     published_padding: bool = False,
+    precision: str = "fp32",
 ) -> Recogniser:
     """A model of these weights, ready to decode.
 
@@ -103,8 +108,15 @@ def build_recogniser(
         bpe_model: file of the tokenizer; None is the stored one, else the built-in table.
         device: auto, cpu or cuda.
         published_padding: see `Recogniser`.
+        precision: fp32, bf16, fp16 or auto, see `DecodeConfig`.
+
+    Raises:
+        ValueError: a GPU is wanted that is not there.
     """
     on = choose_device(device)
+    precision = DecodeConfig(precision=precision).precision_on(on.type)
+    if precision == "fp16" and on.type == "cpu":
+        raise ValueError("precision fp16: there is no GPU here, and a CPU takes fp32 or bf16; give one of them or auto")
     config = resolve_model(weights.config, given_model)
     if bpe_model is not None:
         tokenizer = PhoneTokenizer.from_model(bpe_model)
@@ -112,7 +124,7 @@ def build_recogniser(
         tokenizer = weights.tokenizer or PhoneTokenizer.from_table()
     model = build_model(config, tokenizer.vocab_size)
     load_model(model, weights.state, weights.source)
-    return Recogniser(model.eval().to(on), tokenizer, config, published_padding)
+    return Recogniser(model.eval().to(on), tokenizer, config, published_padding, precision)
 
 
 def choose_test_sets(wanted: Sequence[str], data_config: Path) -> dict[str, Path]:

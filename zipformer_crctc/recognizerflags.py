@@ -73,6 +73,7 @@ class RecognizerArgs(Generic[Own]):
         return PhoneRecognizer.from_pretrained(
             self.config.model,
             device=self.decode.device,
+            precision=self.decode.precision,
             avg=self.config.avg,
             iter=self.config.iter,
             decode=self.decode,

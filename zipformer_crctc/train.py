@@ -33,7 +33,7 @@ from zipformer_crctc.commandline import TrainArgs, parse_train_args, run_program
 from zipformer_crctc.config import Config, config_to_dict
 from zipformer_crctc.cudagraphs import GraphedPasses
 from zipformer_crctc.dataconfig import DataSets, load_data_config
-from zipformer_crctc.distributed import Process, launch, process_group
+from zipformer_crctc.distributed import Process, autocast_to, launch, process_group
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.memory import keep_freed_memory, return_freed_memory
 from zipformer_crctc.objective import Objective, TargetEncoder
@@ -138,11 +138,7 @@ class Trainer:
         self.parameters = list(state.model.parameters())
         self.objective = Objective(config, TargetEncoder(state.tokenizer, config.data.remove_diacritics))
         precision = config.train.precision_on(process.device.type)
-        self.autocast = torch.autocast(
-            process.device.type,
-            dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
-            enabled=precision != "fp32",
-        )
+        self.autocast = autocast_to(precision, process.device.type)
         if config.train.inf_check:
             report_infinite(self.model)
         self.passes: nn.Module | GraphedPasses = self.model

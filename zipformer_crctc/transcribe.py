@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 DECODE_FIELDS = (
     *("decoding_method", "beam", "lm", "lm_weight", "insertion_bonus", "top_tokens", "blank_skip", "inventory"),
-    *("blank_penalty", "published_padding", "time_correction", "device", "num_threads"),
+    *("blank_penalty", "published_padding", "time_correction", "device", "precision", "num_threads"),
 )
 """The fields of DecodeConfig that are flags here too."""
 PRINTED = ("text", "jsonl", "ctm")

@@ -178,6 +178,7 @@ class PhoneRecognizer:
         name: str | Path,
         *,
         device: str = "auto",
+        precision: str = "fp32",
         avg: int = 1,
         iter: int = 0,
         use_averaged_model: bool = True,
@@ -193,6 +194,7 @@ class PhoneRecognizer:
             name: a checkpoint of ours or a published one (.pt, .pth), a folder of checkpoints, a folder with
                 config.json and model.safetensors, or the id of such a repository on the Hugging Face Hub.
             device: auto (GPU if there is one), cpu or cuda.
+            precision: fp32; for speed on a GPU bf16 or fp16; auto is bf16 on a GPU, else fp32.
             avg, iter, use_averaged_model: of a folder of checkpoints, those to average; iter 0 is the newest.
             bpe_model: sentencepiece model of the tokenizer; None is the model's own, else the published one.
             published_padding: let padding leak into valid frames, as published.
@@ -211,7 +213,7 @@ class PhoneRecognizer:
                 given[field_name] = (widest(getattr(weights.config, field_name)) if value is None else value,)
             elif value is not None:
                 raise ValueError(f"{field_name} {value}: the model is not causal, so it has no chunks; leave it out")
-        recogniser = build_recogniser(weights, given, bpe_model, device, published_padding)
+        recogniser = build_recogniser(weights, given, bpe_model, device, published_padding, precision)
         return cls(recogniser, **settings)
 
     def with_inventory(self, phones: str) -> PhoneRecognizer:
