@@ -187,7 +187,8 @@ class GraphedPasses:
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
             log_probs, lengths = forward_pass()
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-            gradients = [(p, _without_keeping(gradient)) for p, gradient in backward_pass(log_probs)]
+            gradients = backward_pass(log_probs)
+        gradients = [(p, _without_keeping(gradient)) for p, gradient in gradients]
         tables = [module.table for module in self.model.modules() if isinstance(module, RelativePositions)]
         torch.cuda.synchronize()
         self.seconds_of_last_recording = time.perf_counter() - started
