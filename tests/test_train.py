@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,9 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tiny_run import read_metrics, train_flags, write_corpus
 from zipformer_crctc import checkpoint, runstate, train
 from zipformer_crctc.commandline import parse_train_args
+from zipformer_crctc.cudagraphs import GraphedPasses
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import Process
+from zipformer_crctc.loader import Batch
+from zipformer_crctc.objective import Loss
 from zipformer_crctc.preemption import REQUEUE, Preemption
+from zipformer_crctc.probe import OutOfMemory
 from zipformer_crctc.resume import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,3 +455,32 @@ def test_torchrun_starts_it_too(corpus: Path, tmp_path: Path) -> None:
     done = subprocess.run([*program, script, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 2]
+
+
+def test_a_pass_for_which_recordings_leave_no_memory_is_done_again_without_them(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the failed pass left is not added to; without recordings the error stands."""
+    forward_and_backward, passes, calls = train.Trainer._forward_and_backward, Mock(spec=GraphedPasses), []
+
+    def limited(trainer: train.Trainer, batch: Batch, scale: float) -> Loss:
+        calls.append(batch)
+        if len(calls) != 2:
+            return forward_and_backward(trainer, batch, scale)
+        passes.side_effect = trainer.model
+        trainer.passes = passes
+        numbers, decisions = torch.get_rng_state(), random.getstate()
+        forward_and_backward(trainer, batch, scale)
+        torch.set_rng_state(numbers)
+        random.setstate(decisions)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(train.Trainer, "_forward_and_backward", limited)
+    passes.holds_memory = True
+    train.main(train_flags(corpus, tmp_path / "again"))
+    passes.give_up.assert_called_once_with("none left")
+    assert losses(tmp_path / "again") == losses(finished)
+    calls.clear()
+    passes.holds_memory = False
+    with pytest.raises(OutOfMemory):
+        train.main(train_flags(corpus, tmp_path / "ended"))

@@ -109,6 +109,18 @@ class GraphedPasses:
         self._seen.clear()
         self._calls, self._first_count = 0, None
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether there are recordings, whose memory passes without one cannot use."""
+        return bool(self._recordings)
+
+    def give_up(self, why: str) -> None:
+        """Record nothing any more, and let go of the memory of recordings. To be called when failed passes are gone."""
+        logger.warning("passes are not recorded any more, training goes on without CUDA graphs: %s", why)
+        self.clear()
+        self._pool, self._works = None, False
+        torch.cuda.empty_cache()
+
     def _batch_count(self) -> float:
         """The adjusted batch count, up to where schedules change."""
         return self._last_change if self._clock.batch_count is None else min(self._clock.batch_count, self._last_change)
@@ -144,11 +156,7 @@ class GraphedPasses:
             return self._recorded(features, num_frames, decide_again)
         except RuntimeError as error:  # out of memory, too; what is beyond repair will show in the next pass
             failure = str(error)
-        # Only now is nothing of the failed pass left.
-        logger.warning("passes are not recorded any more, training goes on without CUDA graphs: %s", failure)
-        self.clear()
-        self._pool, self._works = None, False
-        torch.cuda.empty_cache()
+        self.give_up(failure)  # only now is nothing of the failed pass left
         if features.is_cuda:  # a recording that ended in the middle may have left the device's random numbers to it
             numbers = torch.cuda.default_generators[features.device.index]
             numbers.graphsafe_set_state(numbers.clone_state())

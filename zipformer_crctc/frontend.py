@@ -106,7 +106,7 @@ class ConvNeXt(ScheduledModule):
             inner = x.permute(0, 2, 3, 1).masked_fill(padding[:, :, None, None], 0.0).permute(0, 3, 1, 2)
         images = in_parts(depthwise_conv2d(inner, self.depthwise_conv), self.hidden_channels)
         originals, parts = in_parts(x, self.hidden_channels), Parts()
-        if not (self.training or torch.is_grad_enabled()):  # no sums to be joined later
+        if torch.is_inference_mode_enabled() and not self.training:  # sums are where they belong at once
             y = torch.empty_like(x)
             for image, original, result in zip(images, originals, in_parts(y, self.hidden_channels), strict=True):
                 torch.add(original, self._pointwise(image, parts), out=result)

@@ -36,7 +36,7 @@ from zipformer_crctc.dataconfig import DataSets, load_data_config
 from zipformer_crctc.distributed import Process, autocast_to, launch, process_group
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.memory import keep_freed_memory, return_freed_memory
-from zipformer_crctc.objective import Objective, TargetEncoder
+from zipformer_crctc.objective import Loss, Objective, TargetEncoder
 from zipformer_crctc.preemption import REQUEUE, Preemption
 from zipformer_crctc.probe import GIB, EpochPlan, naming_batch, plan_epoch, scan_memory, state_bytes
 from zipformer_crctc.randomstate import seed_everything, set_random_state
@@ -341,11 +341,25 @@ class Trainer:
         if isinstance(self.passes, DistributedDataParallel) and not synchronise:
             wait = self.passes.no_sync()
         with wait, naming_batch([batch.utterances]):
-            plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
-            loss = self.objective.train_loss(self.passes, batch.to(self.process.device), self.autocast, plain)
-            self.state.scaler.scale(loss.total * scale).backward()
+            failure = ""
+            try:
+                loss = self._forward_and_backward(batch, scale)
+            except torch.OutOfMemoryError as error:
+                if not (isinstance(self.passes, GraphedPasses) and self.passes.holds_memory):
+                    raise
+                failure = str(error)
+            if failure and isinstance(self.passes, GraphedPasses):  # its memory is free only after the exception
+                self.passes.give_up(failure)
+                self.state.optimizer.zero_grad()
+                loss = self._forward_and_backward(batch, scale)
         self.window.append((batch, loss.total.detach()))
         return loss.sums
+
+    def _forward_and_backward(self, batch: Batch, scale: float) -> Loss:
+        plain = self.progress.batch_idx_train <= self.config.train.plain_ctc_batches
+        loss = self.objective.train_loss(self.passes, batch.to(self.process.device), self.autocast, plain)
+        self.state.scaler.scale(loss.total * scale).backward()
+        return loss
 
     def _optimizer_step(self) -> bool:
         """Update the parameters, unless a loss or a gradient is not finite.
