@@ -86,7 +86,7 @@ def test_a_copy_that_was_made_elsewhere_is_kept_as_long_as_what_it_is_of() -> No
             assert torch.equal(lowprecision.cast(x, torch.float16), x.to(torch.float16))
             lowprecision.remember(x, x.to(LOW))
             del x
-            assert lowprecision._casts.newest is None
+            assert lowprecision._of_thread.casts.newest is None
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 8), (0, 2, 8), (8,)])

@@ -223,8 +223,6 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
             f"--decoding-method {method}: needs the package k2, which is not installed; install a wheel of it that was "
             f"built for your PyTorch, or give {BEAM_SEARCH}."
         )
-    if config.precision == "fp16" and config.device == "cpu":
-        problems.append("--precision fp16: a CPU takes fp32 or bf16; give one of them or auto, or --device cuda.")
     if method != BEAM_SEARCH and config.lm is not None:
         problems.append(f"--lm {config.lm}: {method} takes none; give --decoding-method {BEAM_SEARCH}.")
     if method == NBEST and config.nbest > config.num_paths:
@@ -243,6 +241,13 @@ def check_decode(config: DecodeConfig, data: DataConfig, given_model: Mapping[st
             "1 or more; give a smaller --avg, or --use-averaged-model False."
         )
     return problems + check_decode_chunks(given_model)
+
+
+def check_full_precision(config: DecodeConfig) -> list[str]:
+    """A sentence for --precision, for programs that write a model."""
+    if config.precision == "fp32":
+        return []
+    return [f"--precision {config.precision}: is of programs that use a model, this one writes it; leave it out."]
 
 
 def check_no_search(config: DecodeConfig) -> list[str]:

@@ -61,10 +61,10 @@ class _Recording:
 class GraphedPasses:
     """A model whose training passes on a GPU are replayed. One at a time: a backward pass follows each forward pass.
 
-    Gradients are those of the last backward pass; they are not added to what is there, so none may be there. No result
-    of a pass may be kept until the next: what PyTorch keeps with it for the parameters belongs to the stream of its
-    pass, and a recording fails. That no utterance is too short or longer than the features is looked at in passes that
-    are not replayed only.
+    Gradients are those of the last backward pass; they are not added to what is there, so none may be there. They and
+    the log-probabilities hold until the next pass. No result of a pass may be kept until then: what PyTorch keeps with
+    it for the parameters belongs to the stream of its pass, and a recording fails. That no utterance is too short or
+    longer than the features is looked at in passes that are not replayed only.
 
     Args:
         model: from features and frame counts to log-probabilities and lengths, all on one GPU, where kernels suit.
@@ -151,15 +151,18 @@ class GraphedPasses:
             for whiten, prob in zip(whitens, probs, strict=True):
                 whiten.prob = prob
 
-        failure = None
+        failure = ""
+        stream = torch.cuda.current_stream(features.device) if features.is_cuda else None
         try:
             return self._recorded(features, num_frames, decide_again)
         except RuntimeError as error:  # out of memory, too; what is beyond repair will show in the next pass
             failure = str(error)
-        self.give_up(failure)  # only now is nothing of the failed pass left
-        if features.is_cuda:  # a recording that ended in the middle may have left the device's random numbers to it
+        if stream is not None:  # a recording that ended in the middle may have kept these to itself
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(stream)
             numbers = torch.cuda.default_generators[features.device.index]
             numbers.graphsafe_set_state(numbers.clone_state())
+        self.give_up(failure)  # only now is nothing of the failed pass left
         decide_again()
         return None
 
@@ -196,7 +199,7 @@ class GraphedPasses:
             log_probs, lengths = forward_pass()
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             gradients = backward_pass(log_probs)
-        gradients = [(p, _without_keeping(gradient)) for p, gradient in gradients]
+        gradients = [(p, _without_keeping(gradient, backward)) for p, gradient in gradients]
         tables = [module.table for module in self.model.modules() if isinstance(module, RelativePositions)]
         torch.cuda.synchronize()
         self.seconds_of_last_recording = time.perf_counter() - started
@@ -219,15 +222,17 @@ def _apart(found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Iterator[tupl
 
 
 class _Place:
-    """Where an array lies."""
+    """Where an array lies, in memory that is there as long as a graph."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, graph: torch.cuda.CUDAGraph) -> None:
         self.__cuda_array_interface__ = x.__cuda_array_interface__
+        self.graph = graph
 
 
-def _without_keeping(x: Tensor) -> Tensor:
-    """The same array, whose memory others may take once x is gone."""
-    return torch.as_tensor(_Place(x.detach()), device=x.device)
+def _without_keeping(x: Tensor, graph: torch.cuda.CUDAGraph) -> Tensor:
+    """The same array, whose memory other graphs of the pool may use once x is gone."""
+    alias = torch.as_tensor(_Place(x.detach(), graph), device=x.device)
+    return alias.as_strided(x.shape, x.stride())  # of an axis of size 1 the strides are lost on the way
 
 
 class _Replay(torch.autograd.Function):

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a script
 
 import torch
 
-from zipformer_crctc.checks import check_no_search
+from zipformer_crctc.checks import check_full_precision, check_no_search
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.exportable import AudioGraph
 from zipformer_crctc.flags import raise_if_any
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: DecodeArgs) -> None:
     """Write every file asked for and compare it with the model."""
     own: ExportConfig = args.own
-    raise_if_any([*check_no_search(args.decode), *_check(own)])
+    raise_if_any([*check_no_search(args.decode), *check_full_precision(args.decode), *_check(own)])
     recogniser = load_recogniser(args)
     beside = args.decode.exp_dir if args.decode.checkpoint is None else args.decode.checkpoint.parent
     folder = own.output_dir or beside / "onnx"

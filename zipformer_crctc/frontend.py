@@ -105,13 +105,14 @@ class ConvNeXt(ScheduledModule):
         if padding is not None:  # of a view, which keeps channels last in memory
             inner = x.permute(0, 2, 3, 1).masked_fill(padding[:, :, None, None], 0.0).permute(0, 3, 1, 2)
         images = in_parts(depthwise_conv2d(inner, self.depthwise_conv), self.hidden_channels)
-        originals, parts = in_parts(x, self.hidden_channels), Parts()
+        parts = Parts()
         if torch.is_inference_mode_enabled() and not self.training:  # sums are where they belong at once
-            y = torch.empty_like(x)
-            for image, original, result in zip(images, originals, in_parts(y, self.hidden_channels), strict=True):
+            y, each = torch.empty_like(x), len(images[0])
+            for image, original, result in zip(images, x.split(each), y.split(each), strict=True):
                 torch.add(original, self._pointwise(image, parts), out=result)
             return y
         residuals = [self._pointwise(image, parts) for image in images]
+        originals = in_parts(x, self.hidden_channels)
         if self.training:
             keep = torch.rand((x.shape[0], 1, 1, 1), device=x.device).ge_(self.value(self.layerdrop_rate))
             kept = keep.to(x.dtype).split(len(images[0]))

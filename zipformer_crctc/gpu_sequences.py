@@ -48,7 +48,7 @@ def _weighted_sums(
     last = tl.load(lengths + utterance, mask=row < rows, other=1).to(tl.int32) - 1
     total = tl.zeros([block_rows, block_channels], dtype=tl.float32)
     for number in tl.static_range(factor):
-        frame = tl.minimum(row // utterances * factor + number, last)
+        frame = tl.maximum(tl.minimum(row // utterances * factor + number, last), 0)
         place = (frame.to(tl.int64) * utterances + utterance)[:, None] * channels + channel[None, :]
         total += tl.load(weights + number) * tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row.to(tl.int64)[:, None] * channels + channel[None, :], total, mask=inside)

@@ -76,8 +76,8 @@ def copy_of(x: Tensor, dtype: torch.dtype) -> Tensor:
         return copy.value
 
 
-class _Casts(threading.local):
-    """What was cast in this thread."""
+class _Casts:
+    """What was cast in a thread."""
 
     def __init__(self) -> None:
         self.last: OrderedDict[int, tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]]] = OrderedDict()
@@ -86,19 +86,25 @@ class _Casts(threading.local):
         """The last of them: its copy is kept as long as itself."""
 
 
-_casts = _Casts()
+class _CastsOfThread(threading.local):
+    def __init__(self) -> None:
+        self.casts = _Casts()
+
+
+_of_thread = _CastsOfThread()
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, not to be written to: several layers share one copy of what they are given in turn."""
     if x.dtype == dtype:
         return x
-    if (newest := _casts.newest) is not None and _fits(x, dtype, newest[0], newest[1], newest[2]):
+    casts = _of_thread.casts
+    if (newest := casts.newest) is not None and _fits(x, dtype, newest[0], newest[1], newest[2]):
         return newest[2]
-    if (before := _casts.last.pop(id(x), None)) is not None:
+    if (before := casts.last.pop(id(x), None)) is not None:
         of, version, made = before
         if (copy := made()) is not None and _fits(x, dtype, of, version, copy):
-            _casts.last[id(x)] = before
+            casts.last[id(x)] = before
             return copy
     copy = x.detach().to(dtype)
     remember(x, copy)
@@ -107,11 +113,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def remember(x: Tensor, copy: Tensor) -> None:
     """Say that there is a copy of x in another dtype, which `cast` is to give."""
-    version = _version(x)
-    casts = _casts  # of this thread
+    version, casts = _version(x), _of_thread.casts
 
     def forget(of: weakref.ref[Tensor]) -> None:
-        if casts.newest is not None and casts.newest[0] is of:
+        if (newest := casts.newest) is not None and newest[0] is of:
             casts.newest = None
 
     casts.newest = weakref.ref(x, forget), version, copy

@@ -180,6 +180,7 @@ class _Added(torch.autograd.Function):
         y, copy = added(x, update, mask, low)
         if copy is not None:
             ctx.mark_non_differentiable(copy)
+            ctx.set_materialize_grads(False)  # no zeros for the copy
         return y, copy
 
     @staticmethod
@@ -200,7 +201,9 @@ def added(x: Tensor, update: Tensor, mask: Tensor | None = None, for_products: b
         mask: (N, 1), which utterances get their update; None for all.
         for_products: whether what comes next are matrix products; else only training has a use for a 16-bit copy.
     """
-    low = mixed_precision(x) if for_products or torch.is_grad_enabled() else None
+    low = mixed_precision(x)
+    if not (for_products or (torch.is_grad_enabled() and low is torch.bfloat16)):  # see `kept`
+        low = None
     arrays = (x, update) if mask is None else (x, update, mask)
     with_copy = low is not None and torch.promote_types(x.dtype, update.dtype) != low
     gains = gpu.takes(x) and (with_copy or x.dtype != update.dtype)

@@ -56,7 +56,11 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear: (..., I), (O, I) and (O,) to (..., O)."""
+    """As torch.nn.functional.linear: (..., I), (O, I) and (O,) to (..., O).
+
+    In inference mode, where PyTorch does not count changes, x must not be changed in place between layers that it is
+    given to: under autocast on a GPU they share one 16-bit copy.
+    """
     if _suits_onednn(x, weight, weight.shape[0]):
         return _OnednnLinear.apply(x, weight, bias)
     if (dtype := mixed_precision(x)) is not None:

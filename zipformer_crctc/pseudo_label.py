@@ -183,6 +183,9 @@ def settings(args: DecodeArgs) -> dict[str, Any]:
     own: PseudoLabelConfig = args.own
     assert own.source is not None
     decode = {name: value for name, value in to_plain(args.decode).items() if name not in NOT_PART_OF_RESULT}
+    decode["precision"] = args.decode.precision_on(choose_device(args.decode.device).type)
+    if decode["precision"] == "fp32":
+        del decode["precision"]  # as in files from before it was known
     models = {}
     for name in own.checkpoints:
         model = model_args(args, name).decode

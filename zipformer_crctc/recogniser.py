@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zipformer_crctc.checkpoint import choose_checkpoints, load_model
+from zipformer_crctc.checks import CHOICES
 from zipformer_crctc.commandline import DecodeArgs, resolve_model
 from zipformer_crctc.config import DecodeConfig, ModelConfig
 from zipformer_crctc.dataconfig import load_data_config
@@ -39,7 +40,11 @@ class Recogniser:
     published_padding: bool = False
     """Whether padding leaks into the utterances before it; else the batch makes no difference."""
     precision: str = "fp32"
-    """Of the model: fp32, bf16 or fp16."""
+    """Of the model, see `DecodeConfig`."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in (known := CHOICES["precision"]):
+            raise ValueError(f"precision {self.precision}: must be {' or '.join(known)}")
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +65,8 @@ class Recogniser:
         features, num_frames = features.to(self.device), num_frames.to(self.device)
         if self.config.causal:
             features, num_frames = with_silence(features, num_frames)
-        with autocast_to(self.precision, self.device.type):
+        kind = self.device.type
+        with autocast_to(DecodeConfig(precision=self.precision).precision_on(kind), kind):
             log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
 
@@ -108,15 +114,12 @@ def build_recogniser(
         bpe_model: file of the tokenizer; None is the stored one, else the built-in table.
         device: auto, cpu or cuda.
         published_padding: see `Recogniser`.
-        precision: fp32, bf16, fp16 or auto, see `DecodeConfig`.
+        precision: see `DecodeConfig`.
 
     Raises:
-        ValueError: a GPU is wanted that is not there.
+        ValueError: a GPU is wanted that is not there, or an unknown precision.
     """
     on = choose_device(device)
-    precision = DecodeConfig(precision=precision).precision_on(on.type)
-    if precision == "fp16" and on.type == "cpu":
-        raise ValueError("precision fp16: there is no GPU here, and a CPU takes fp32 or bf16; give one of them or auto")
     config = resolve_model(weights.config, given_model)
     if bpe_model is not None:
         tokenizer = PhoneTokenizer.from_model(bpe_model)

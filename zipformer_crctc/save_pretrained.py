@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from zipformer_crctc.checks import check_no_search
+from zipformer_crctc.checks import check_full_precision, check_no_search
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
 from zipformer_crctc.config import GREEDY_SEARCH
 from zipformer_crctc.flags import raise_if_any
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: DecodeArgs) -> None:
     """Write the folder."""
     own: PretrainedConfig = args.own
-    raise_if_any(check_no_search(args.decode))
+    raise_if_any([*check_no_search(args.decode), *check_full_precision(args.decode)])
     recogniser = load_recogniser(args)
     exp_dir = args.decode.exp_dir if args.decode.checkpoint is None else args.decode.checkpoint.parent
     folder = own.output_dir or exp_dir / "transformers"
