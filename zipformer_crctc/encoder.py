@@ -39,34 +39,38 @@ class Downsample(nn.Module):
 
         With lengths (N,) the last valid frame of each utterance is repeated to the end, as it would be alone.
         """
-        missing, weights = -x.shape[0] % self.factor, self.bias.softmax(dim=0)
-        if lengths is not None and gpu.takes(x) and not torch.is_grad_enabled() and native.suits(x, weights):
+        missing = -x.shape[0] % self.factor
+        if lengths is not None and gpu.takes(x) and not torch.is_grad_enabled() and native.suits(x, self.bias):
             from zipformer_crctc.gpu_sequences import weighted_sums  # needs Triton
 
-            return weighted_sums(x.contiguous(), weights, lengths)
+            return weighted_sums(x.contiguous(), self.bias.softmax(dim=0), lengths)
         if lengths is not None:
             x = repeat_last(x, lengths, x.shape[0] + missing)
         elif missing:
             x = torch.cat([x, x[-1:].expand(missing, -1, -1)])
-        return _WeightedSums.apply(x, weights)
+        return _WeightedSums.apply(x, self.bias)
 
 
 class _WeightedSums(torch.autograd.Function):
-    """(G * F, N, C) and the weights (F,) of the frames of a group to (G, N, C)."""
+    """(G * F, N, C) and the logits (F,) of the weights of the frames of a group to (G, N, C)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(kept(x), weights)
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        weights = bias.softmax(dim=0)
+        ctx.save_for_backward(kept(x), bias, weights)
         ctx.dtype = x.dtype
         return (x.unflatten(0, (-1, len(weights))) * weights[:, None, None]).sum(dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        x, weights = ctx.saved_tensors
+        x, bias, weights = ctx.saved_tensors
         grad = grad_outputs[0][:, None]
         grad_x = (grad * weights[:, None, None]).flatten(0, 1).to(ctx.dtype)
-        return grad_x, (grad * x.unflatten(0, (-1, len(weights)))).sum(dim=(0, 2, 3)).to(weights.dtype)
+        grad_weights = (grad * x.unflatten(0, (-1, len(weights)))).sum(dim=(0, 2, 3)).double()
+        # In float64, as the differences are nothing but rounding where frames are equal.
+        exact = bias.double().softmax(dim=0)
+        return grad_x, (exact * (grad_weights - (exact * grad_weights).sum())).to(bias.dtype)
 
 
 def repeat_last(x: Tensor, lengths: Tensor, frames: int) -> Tensor:
