@@ -59,6 +59,24 @@ def test_averaged_gradients_are_those_of_the_joint_batch(tmp_path: Path) -> None
             torch.testing.assert_close(averaged[name], gradient / 2, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
+def average_some(rank: int, world_size: int, folder: str) -> None:
+    distributed.BUCKET_BYTES = 40
+    with process_group(rank, world_size, "cpu", 1) as process:
+        arrays = [torch.full((2, 3), float(rank)), torch.arange(12.0).view(4, 3).t() * rank, torch.tensor(4.0)]
+        process.average_(arrays)
+        process.take_from_main_([main := torch.full((3,), float(rank + 5))])
+        torch.save([*arrays, main], Path(folder) / f"{rank}.pt")
+
+
+def test_arrays_are_averaged_in_place_and_taken_from_the_main_process(tmp_path: Path) -> None:
+    """Of any layout, more than are exchanged at a time, and larger ones."""
+    launch(average_some, 2, 29877, str(tmp_path))
+    wanted = [torch.full((2, 3), 0.5), torch.arange(12.0).view(4, 3).t() / 2, torch.tensor(4.0), torch.full((3,), 5.0)]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--world-size"):

@@ -25,7 +25,7 @@ from zipformer_crctc import checkpoint, runstate, train
 from zipformer_crctc.commandline import parse_train_args
 from zipformer_crctc.cudagraphs import GraphedPasses
 from zipformer_crctc.dataconfig import load_data_config
-from zipformer_crctc.distributed import Process
+from zipformer_crctc.distributed import Process, launch, process_group
 from zipformer_crctc.loader import Batch
 from zipformer_crctc.objective import Loss
 from zipformer_crctc.preemption import REQUEUE, Preemption
@@ -304,6 +304,26 @@ def test_gradients_are_exchanged_once_for_each_optimizer_step(corpus: Path, tmp_
     finally:
         dist.destroy_process_group()
     assert exchanges == [2, 4]
+
+
+def train_on_two_ranks(rank: int, world_size: int, data: str, exp_dir: str, late: bool) -> None:
+    """With gradients averaged by DDP, or as beside recorded passes."""
+    args = parse_train_args(train_flags(Path(data), Path(exp_dir), world_size=2, num_threads=1))
+    with process_group(rank, world_size, "cpu", 1) as process:
+        trainer = train.Trainer(args.config, process, load_data_config(Path(data)), Preemption())
+        if late:
+            trainer.passes, trainer.average_late = trainer.model, True
+        trainer.fit()
+        trainer.close()
+
+
+def test_gradients_that_are_averaged_late_are_those_of_ddp(corpus: Path, tmp_path: Path) -> None:
+    """To the bit, with parameters that are used on one rank, or on none, in some steps."""
+    for port, late in ((29878, False), (29879, True)):
+        launch(train_on_two_ranks, 2, port, str(corpus), str(tmp_path / str(late)), late)
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+    by_ddp, ours = (checkpoint.load(tmp_path / name / "checkpoint-6.pt") for name in ("False", "True"))
+    assert all(torch.equal(ours["model"][name], p) for name, p in by_ddp["model"].items())
 
 
 def test_the_validation_loss_falls(corpus: Path, tmp_path: Path) -> None:

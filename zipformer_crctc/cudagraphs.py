@@ -68,10 +68,13 @@ class GraphedPasses:
 
     Args:
         model: from features and frame counts to log-probabilities and lengths, all on one GPU, where kernels suit.
+        processes: how many train together. Each decides and records for itself, and waits for the others that do. So
+            recordings serve for as many times more steps: the decisions in a step are as many.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, processes: int = 1) -> None:
         self.model = model
+        self.processes = processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.seconds_of_last_recording = 0.0
         self._anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
@@ -126,7 +129,9 @@ class GraphedPasses:
         return self._last_change if self._clock.batch_count is None else min(self._clock.batch_count, self._last_change)
 
     def _is_old(self, recording: _Recording) -> bool:
-        return recording.replays >= REPLAYS or self._batch_count() > (1.0 + MAX_AGE) * recording.batch_count
+        if recording.replays >= REPLAYS * self.processes:
+            return True
+        return self._batch_count() > (1.0 + MAX_AGE) * recording.batch_count
 
     def _comes_again_soon(self, key: tuple[Any, ...]) -> bool:
         """Whether a shape seems to come often enough, going by the last time and the pace of the batch count."""

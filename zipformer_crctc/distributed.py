@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,8 @@ from zipformer_crctc.preemption import REQUEUE, SIGNALS
 
 logger = logging.getLogger(__name__)
 
+BUCKET_BYTES = 1 << 26
+"""Of gradients that are exchanged at a time."""
 DEATH_GRACE = 30
 """Seconds after the end of a process that failed until the others on its machine are killed."""
 
@@ -58,6 +60,25 @@ class Process:
         total = x.clone()
         dist.all_reduce(total)
         return total
+
+    def average_(self, arrays: Sequence[Tensor]) -> None:
+        """Replace each array by its mean over all processes, a few megabytes of them at a time."""
+        waiting = list(arrays)
+        while self.world_size > 1 and waiting:
+            some: list[Tensor] = []
+            size = 0
+            while waiting and (not some or size + waiting[-1].nbytes <= BUCKET_BYTES):
+                some.append(waiting.pop())
+                size += some[-1].nbytes
+            joined = torch.cat([x.reshape(-1) for x in some])
+            dist.all_reduce(joined)
+            parts = joined.div_(self.world_size).split([x.numel() for x in some])
+            torch._foreach_copy_(some, [part.view(x.shape) for x, part in zip(some, parts, strict=True)])
+
+    def take_from_main_(self, arrays: Iterable[Tensor]) -> None:
+        """Replace each array by that of the main process."""
+        for x in arrays if self.world_size > 1 else ():
+            dist.broadcast(x, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, plain data or tensors on the CPU, by rank."""

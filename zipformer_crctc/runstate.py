@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from zipformer_crctc import checkpoint
 from zipformer_crctc.averaging import RunningAverage
@@ -223,9 +224,7 @@ class RunState:
         """Replace the gradients of an accumulation under way by their mean over the ranks, which one file can hold."""
         if self.process.world_size == 1:
             return
-        for p in self.model.parameters():
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = self.process.sum(gradient) / self.process.world_size
+        self.process.average_(all_gradients(self.model.parameters()))
 
     def _resume(self) -> None:
         """Go on from a checkpoint, if there is one that the configuration asks for."""
@@ -291,3 +290,13 @@ class RunState:
         elif self.place_in_epoch > 0:
             there = f"of {len(states)} ranks, not {world_size}" if states else "not there"
             logger.warning("%s: states of random generators are %s, so random numbers begin anew", path, there)
+
+
+def all_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """A gradient of each parameter; those that have none get zeros."""
+    gradients = []
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        gradients.append(p.grad)
+    return gradients

@@ -41,7 +41,7 @@ from zipformer_crctc.preemption import REQUEUE, Preemption
 from zipformer_crctc.probe import GIB, EpochPlan, naming_batch, plan_epoch, scan_memory, state_bytes
 from zipformer_crctc.randomstate import seed_everything, set_random_state
 from zipformer_crctc.resume import PREEMPTED, named_checkpoint
-from zipformer_crctc.runstate import RunState, build_loaders, load_tokenizer
+from zipformer_crctc.runstate import RunState, all_gradients, build_loaders, load_tokenizer
 from zipformer_crctc.schedule import set_batch_count
 from zipformer_crctc.shar import find_shards
 from zipformer_crctc.tracking import MetricsWriter, format_losses, losses_per_frame, set_up_logging
@@ -142,14 +142,19 @@ class Trainer:
         if config.train.inf_check:
             report_infinite(self.model)
         self.passes: nn.Module | GraphedPasses = self.model
-        if process.world_size > 1:
+        self.average_late = False
+        """Whether gradients are averaged over the ranks after the backward pass, as DDP cannot be replayed."""
+        graphed = process.device.type == "cuda" and config.train.cuda_graphs and _can_be_replayed(config)
+        if graphed and native.suits(self.parameters[0]):
+            self.passes = GraphedPasses(self.model, process.world_size)
+            self.average_late = process.world_size > 1
+            with torch.no_grad():
+                process.take_from_main_(self.model.state_dict().values())
+        elif process.world_size > 1:
             # A layer's own bypass_scale is never used, and a positional projection is skipped now and then.
             self.passes = DistributedDataParallel(self.model, find_unused_parameters=True, gradient_as_bucket_view=True)
-        elif process.device.type == "cuda" and config.train.cuda_graphs and _can_be_replayed(config):
-            if native.suits(self.parameters[0]):
-                self.passes = GraphedPasses(self.model)
-            else:
-                logger.info("without Triton kernels passes are not recorded as CUDA graphs")
+        if graphed and not isinstance(self.passes, GraphedPasses):
+            logger.info("without Triton kernels passes are not recorded as CUDA graphs")
         self.unsup_batches = iter(state.unsup_loader) if state.unsup_loader is not None else None
         self.window: list[tuple[Batch, Tensor]] = []
         self.metrics = MetricsWriter(
@@ -365,17 +370,20 @@ class Trainer:
         """Update the parameters, unless a loss or a gradient is not finite.
 
         The decision is the same on all ranks, and so is what is returned: whether any was asked to end. One exchange
-        of three numbers and one transfer from the device tell both, and whether the ranks read the same data.
+        of some numbers and one transfer from the device tell both, and whether the ranks read the same data.
         """
+        used = [float(p.grad is not None) for p in self.parameters] if self.average_late else []
+        if self.average_late:
+            self.process.average_(all_gradients(self.parameters))
         self.state.scaler.unscale_(self.state.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         own_losses = torch.stack([loss for _, loss in self.window])
         own_is_bad = own_losses.isfinite().logical_not().any().float()
         own_fingerprint = sum(batch.fingerprint for batch, _ in self.window) % FINGERPRINTS
-        others = own_is_bad.new_tensor([float(self.preemption.asked), own_fingerprint])
+        others = own_is_bad.new_tensor([float(self.preemption.asked), own_fingerprint, *used])
         told = self.process.sum(torch.cat([own_is_bad[None], others]))
-        bad_ranks, asked_to_end, fingerprints, host_norm = torch.cat([told, norm[None]]).tolist()
+        bad_ranks, asked_to_end, fingerprints, *used, host_norm = torch.cat([told, norm[None]]).tolist()
         if fingerprints != own_fingerprint * self.process.world_size:
             raise TrainingStopped(
                 f"batch {self.progress.batch_idx_train}: the ranks do not read the same utterances: compare the copies "
@@ -393,6 +401,9 @@ class Trainer:
         else:
             if 0.0 < self.config.clip_norm < host_norm:
                 torch._foreach_mul_(gradients, self.config.clip_norm / host_norm)
+            for p, ranks in zip(self.parameters, used, strict=False):
+                if ranks == 0.0:
+                    p.grad = None  # as with DDP
             self.state.scaler.step(self.state.optimizer)
             self.progress.skipped_in_a_row = 0
         self.window.clear()
