@@ -236,8 +236,8 @@ class TrainConfig:
     dry_run: bool = False
     """Tell the size of the model, batches in an epoch, memory, and time for a step and for the run; write nothing."""
     cuda_graphs: bool = True
-    """Record the passes of each batch shape on a GPU and replay them; where one process trains, without
-    --grad-accumulation, --use-unsup-cr-ctc and --inf-check."""
+    """Record the passes of each batch shape on a GPU and replay them; not with --grad-accumulation, --use-unsup-cr-ctc
+    or --inf-check."""
     inf_check: bool = False
     """Log modules whose outputs, and parameters whose gradients, are not finite; slow."""
     tensorboard: bool = True

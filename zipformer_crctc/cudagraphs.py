@@ -68,8 +68,8 @@ class GraphedPasses:
 
     Args:
         model: from features and frame counts to log-probabilities and lengths, all on one GPU, where kernels suit.
-        processes: how many train together. Each decides and records for itself, and waits for the others that do. So
-            recordings serve for as many times more steps: the decisions in a step are as many.
+        processes: how many train together. Each records for itself, and all wait for each one that does. So recordings
+            serve for so many times more steps; as the decisions of a process are its own, a step has more of them.
     """
 
     def __init__(self, model: nn.Module, processes: int = 1) -> None:
