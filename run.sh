@@ -54,12 +54,13 @@ if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   # Small batches: a short run gains more from many updates. Utterances of espeak and tusom2021 are at most 10 s long.
   max_duration=20
   [ "$corpus" != tsv ] || max_duration=24
-  # Few recordings are soon learnt by heart: more variety, and CR-CTC for most of the run. Hours of clean synthetic
-  # speech are not: plain CTC, whose batches take half the time.
+  # Few recordings are soon learnt by heart: more variety, and CR-CTC for most of the run, but not before plain CTC has
+  # found phones in all of them, or that may be late or never. Hours of clean synthetic speech are not: plain CTC, whose
+  # batches take half the time.
   case "$corpus" in
     espeak) : "${steps:=4200}"; options=(--plain-ctc-batches "$steps") ;;
-    tusom2021) : "${steps:=8000}"; options=(--speed-perturbation 0.1 --plain-ctc-batches 800) ;;
-    tsv) options=(--speed-perturbation 0.1 --plain-ctc-batches 800) ;;
+    tusom2021) : "${steps:=8000}"; options=(--speed-perturbation 0.1 --plain-ctc-batches 1600) ;;
+    tsv) options=(--speed-perturbation 0.1 --plain-ctc-batches 1600) ;;
   esac
   python zipformer_crctc/train.py --preset tiny --data-config "$data/data.yaml" --exp-dir "$exp_dir" \
     --world-size "$processes" --max-duration "$max_duration" ${steps:+--num-steps "$steps"} "${options[@]}"
