@@ -314,11 +314,12 @@ class DecodeConfig:
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 
-    def precision_on(self, device_type: str) -> str:
-        """Precision of the model on a device type ("cpu" or "cuda"): "fp32", "bf16" or "fp16"."""
-        if self.precision != "auto":
-            return self.precision
-        return "bf16" if device_type == "cuda" else "fp32"
+
+def decoding_precision(wanted: str, device_type: str) -> str:
+    """What a precision of `DecodeConfig` is on a device type ("cpu" or "cuda"): "fp32", "bf16" or "fp16"."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device_type == "cuda" else "fp32"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from zipformer_crctc.agreement import Agreement, AgreementMeter, limit_of_best
 from zipformer_crctc.batches import EvalOrder
 from zipformer_crctc.checkpoint import choose_checkpoints
 from zipformer_crctc.commandline import DecodeArgs, parse_decode_args, run_program
-from zipformer_crctc.config import DataConfig
+from zipformer_crctc.config import DataConfig, decoding_precision
 from zipformer_crctc.distributed import choose_device
 from zipformer_crctc.flags import flag_name, format_value, raise_if_any, to_plain
 from zipformer_crctc.loader import BatchLoader, BatchReader
@@ -183,7 +183,7 @@ def settings(args: DecodeArgs) -> dict[str, Any]:
     own: PseudoLabelConfig = args.own
     assert own.source is not None
     decode = {name: value for name, value in to_plain(args.decode).items() if name not in NOT_PART_OF_RESULT}
-    decode["precision"] = args.decode.precision_on(choose_device(args.decode.device).type)
+    decode["precision"] = decoding_precision(args.decode.precision, choose_device(args.decode.device).type)
     if decode["precision"] == "fp32":
         del decode["precision"]  # as in files from before it was known
     models = {}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from zipformer_crctc.checkpoint import choose_checkpoints, load_model
 from zipformer_crctc.checks import CHOICES
 from zipformer_crctc.commandline import DecodeArgs, resolve_model
-from zipformer_crctc.config import DecodeConfig, ModelConfig
+from zipformer_crctc.config import DecodeConfig, ModelConfig, decoding_precision
 from zipformer_crctc.dataconfig import load_data_config
 from zipformer_crctc.distributed import autocast_to, choose_device
 from zipformer_crctc.features import LOG_EPS
@@ -66,7 +66,7 @@ class Recogniser:
         if self.config.causal:
             features, num_frames = with_silence(features, num_frames)
         kind = self.device.type
-        with autocast_to(DecodeConfig(precision=self.precision).precision_on(kind), kind):
+        with autocast_to(decoding_precision(self.precision, kind), kind):
             log_probs, lengths = self.model(features, num_frames, isolate=not self.published_padding)
         return log_probs, lengths
 
