@@ -62,7 +62,7 @@ class Process:
         return total
 
     def average_(self, arrays: Sequence[Tensor]) -> None:
-        """Replace each array by its mean over all processes, a few megabytes of them at a time."""
+        """Replace each array by its mean over all processes, about BUCKET_BYTES of them at a time."""
         waiting = list(arrays)
         while self.world_size > 1 and waiting:
             some: list[Tensor] = []

@@ -205,11 +205,10 @@ class Conv2dSubsampling(nn.Module):
         What Swoosh gives is as large as its input, from which the backward pass computes it again.
         """
         not_kept: AbstractContextManager[Any] = nullcontext()
-        dtype = mixed_precision(x)
-        if dtype is not None and not torch.is_grad_enabled() and native.suits(x.permute(0, 2, 3, 1)):
+        dtype, image = mixed_precision(x), x.permute(0, 2, 3, 1)
+        if dtype is not None and not torch.is_grad_enabled() and native.suits(image):
             from zipformer_crctc.gpu_images import convolved  # needs Triton
 
-            image = x.permute(0, 2, 3, 1)
             for conv in self.conv:
                 if isinstance(conv, nn.Conv2d):
                     image = convolved(image, conv, SWOOSH_R, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,5 +139,5 @@ def greedy_search(
     tokens, first, last = torch.stack(found).tolist()
     return [
         Hypothesis(tokens[start:end], first[start:end], score, factor, last_frames=last[start:end])
-        for start, end, score in zip(ends, ends[1:], scores, strict=False)
+        for (start, end), score in zip(pairwise(ends), scores, strict=True)
     ]
