@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -161,7 +162,7 @@ def test_what_is_computed_again_is_not_kept() -> None:
 
 
 def test_a_small_array_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "KEPT_BYTES", 4 * 30)
+    monkeypatch.setattr(activations, "KEPT_BYTES", {"cpu": 4 * 30})
     for rows, times in ((5, 0), (6, 1)):
         x = torch.randn(rows, 6, requires_grad=True)
         compute = Mock(return_value=swoosh_l(x.detach()))
@@ -172,7 +173,8 @@ def test_a_small_array_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert compute.call_count == times
 
 
-def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["as in float32", "as in mixed precision"])
+def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
     """To the bit, with every regulariser: gradients of a model that keeps all are those of one that does not."""
     model = build_model(tiny().model, 12).train()
     set_batch_count(model, 20_000.0)
@@ -185,9 +187,18 @@ def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyP
         found = torch.autograd.grad(log_probs.square().mean(), list(model.parameters()), allow_unused=True)
         return [gradient for gradient in found if gradient is not None]
 
+    if mixed:  # what is computed again in mixed precision only, in float32
+        for module in (attention, layers):
+            monkeypatch.setattr(
+                module, "projected_again", lambda y, layer, x: computed_again(y, partial(layer, x.detach()))
+            )
+        monkeypatch.setattr(layers, "convolved_again", computed_again)
     found = gradients()
     for module in (activations, attention, frontend, layers):
         monkeypatch.setattr(module, "computed_again", lambda y, compute: nullcontext())
+    for module in (attention, layers):
+        monkeypatch.setattr(module, "projected_again", lambda y, layer, x: nullcontext())
+    monkeypatch.setattr(layers, "convolved_again", lambda y, compute: nullcontext())
     assert all(torch.equal(a, b) for a, b in zip(found, gradients(), strict=True))
 
 

@@ -197,8 +197,9 @@ def tanh_gated(x: Tensor, gate: Tensor) -> Tensor:
     return _Gated.apply(x, gate, "tanh", None)
 
 
-KEPT_BYTES = 1 << 22
-"""Arrays up to this size are kept all the same: they need little memory, and computing them again a tenth more time."""
+KEPT_BYTES = {"cpu": 1 << 22, "cuda": 1 << 20}
+"""Arrays up to this size are kept all the same: they need little memory, and computing them again a tenth more time. On
+a GPU passes of the published batch are recorded, and their launches cost little."""
 
 
 @contextmanager
@@ -212,7 +213,7 @@ def computed_again(y: Tensor, compute: Callable[[], Tensor]) -> Iterator[Callabl
             parts; without gaps in memory.
         compute: gives y anew, in its shape; called without gradients and, for mixed precision, as y was.
     """
-    if not y.requires_grad or y.numel() * y.element_size() <= KEPT_BYTES:
+    if not y.requires_grad or y.numel() * y.element_size() <= KEPT_BYTES.get(y.device.type, 0):
         yield y.detach
         return
     place, first, count, kind = y.untyped_storage().data_ptr(), int(y.storage_offset()), y.numel(), y.device.type
@@ -266,6 +267,11 @@ def projected_again(y: Tensor, layer: nn.Module, x: Tensor) -> AbstractContextMa
     """
     dtype = mixed_precision(x) if torch.is_grad_enabled() else None
     return nullcontext(y.detach) if dtype is None else computed_again(y, partial(layer, lowprecision.cast(x, dtype)))
+
+
+def convolved_again(y: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+    """`computed_again` for y, the result of a depthwise convolution, in mixed precision; else y is kept, as above."""
+    return nullcontext() if mixed_precision(y) is None else computed_again(y, compute)
 
 
 class SwooshR(nn.Module):

@@ -18,6 +18,7 @@ from zipformer_crctc.activations import (
     SWOOSH_R,
     SharedDropout,
     computed_again,
+    convolved_again,
     gated,
     projected_again,
     swoosh_linear,
@@ -161,13 +162,16 @@ class ConvModule(nn.Module):
         with projected_again(projected, self.in_proj, x) as again:
             v, gate = projected.chunk(2, dim=-1)
             u = gated(v, self.balancer1(gate), key_padding_mask)
-        with computed_again(u, lambda: _gated_again(again(), key_padding_mask)):
-            if isinstance(self.depthwise_conv, ChunkCausalConv):
-                u = self.depthwise_conv(u, chunk_size, lengths)
-            else:
-                u = depthwise_conv(u, self.depthwise_conv)
-        u = self.whiten(self.balancer2(u))
-        return swoosh_linear(u, self.out_proj.weight, self.out_proj.bias, SWOOSH_R)
+        with computed_again(u, lambda: _gated_again(again(), key_padding_mask)) as gated_again:
+            convolved = self._convolved(u, chunk_size, lengths)
+        with convolved_again(convolved, lambda: self._convolved(gated_again(), chunk_size, lengths)):
+            balanced = self.whiten(self.balancer2(convolved))
+            return swoosh_linear(balanced, self.out_proj.weight, self.out_proj.bias, SWOOSH_R)
+
+    def _convolved(self, u: Tensor, chunk_size: int, lengths: Tensor | None) -> Tensor:
+        if isinstance(self.depthwise_conv, ChunkCausalConv):
+            return self.depthwise_conv(u, chunk_size, lengths)
+        return depthwise_conv(u, self.depthwise_conv)
 
 
 def _gated_again(projected: Tensor, padding: Tensor | None) -> Tensor:
