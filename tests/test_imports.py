@@ -30,6 +30,7 @@ MODEL = [
     "gpu_sequences",
     "products",
     "gpu_norms",
+    "gpu_depthwise_images",
     "gpu_convolution",
     "gpu_regularisers",
     "convolution",

@@ -1,8 +1,10 @@
-"""How Triton kernels share out an array of rows and channels: a tile for each program.
+"""How Triton kernels share out an array of rows and channels, a tile for each program, and what else several need.
 
-R rows, C channels.
+R rows, C channels, K taps.
 """
 
+# Triton has tuples, but no unpacking of them.
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -34,6 +36,29 @@ def places(rows, channels, block_rows: tl.constexpr, block_channels: tl.constexp
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     return row, channel, (row < rows)[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit
+def taps_of(weight, first, channels, taps: tl.constexpr, padded_taps: tl.constexpr, block: tl.constexpr):
+    """The weights (C, K) of channels from the first, as a vector for each tap, and zeros up to a power of two.
+
+    They are loaded as they lie, the taps of a channel side by side, then halved until each tap is alone.
+    """
+    c = tl.arange(0, block)[:, None]
+    k = tl.arange(0, padded_taps)[None, :]
+    inside = (c < channels - first) & (k < taps)
+    pieces = (tl.load(weight + first * taps + (c * taps + k), mask=inside, other=0.0).to(tl.float32),)
+    for level in tl.static_range(6):  # up to 64 taps
+        if padded_taps >> level > 1:
+            halves = ()
+            for i in tl.static_range(2**level):
+                halves_of_piece = tl.reshape(pieces[i], (block, 2, padded_taps >> (level + 1)))
+                halves = halves + tl.split(tl.permute(halves_of_piece, (0, 2, 1)))
+            pieces = halves
+    vectors = ()
+    for i in tl.static_range(padded_taps):
+        vectors = vectors + (tl.reshape(pieces[i], (block,)),)
+    return vectors
 
 
 COMPILED = tl.constexpr(isinstance(places, triton.JITFunction))
