@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zipformer_crctc import activations, attention, frontend, layers
 from zipformer_crctc.activations import (
@@ -23,6 +23,7 @@ from zipformer_crctc.activations import (
     swoosh_r,
     tanh_gated,
 )
+from zipformer_crctc.convolution import depthwise_conv
 from zipformer_crctc.model import build_model
 from zipformer_crctc.norms import BiasNorm
 from zipformer_crctc.presets import tiny
@@ -174,9 +175,12 @@ def test_a_small_array_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["as in float32", "as in mixed precision"])
-def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_a_model_that_computes_again_learns_the_same(
+    monkeypatch: pytest.MonkeyPatch, mixed: bool, causal: bool
+) -> None:
     """To the bit, with every regulariser: gradients of a model that keeps all are those of one that does not."""
-    model = build_model(tiny().model, 12).train()
+    model = build_model(tiny().model.with_values({"causal": causal}), 12).train()
     set_batch_count(model, 20_000.0)
     features = torch.randn(3, 77, 80)
 
@@ -193,7 +197,15 @@ def test_a_model_that_computes_again_learns_the_same(monkeypatch: pytest.MonkeyP
                 module, "projected_again", lambda y, layer, x: computed_again(y, partial(layer, x.detach()))
             )
         monkeypatch.setattr(layers, "convolved_again", computed_again)
+    convolutions: list[bool] = []
+
+    def convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
+        convolutions.append(torch.is_grad_enabled())
+        return depthwise_conv(x, conv)
+
+    monkeypatch.setattr(layers, "depthwise_conv", convolve)
     found = gradients()
+    assert convolutions.count(False) == (convolutions.count(True) if mixed else 0)
     for module in (activations, attention, frontend, layers):
         monkeypatch.setattr(module, "computed_again", lambda y, compute: nullcontext())
     for module in (attention, layers):

@@ -59,6 +59,25 @@ def test_averaged_gradients_are_those_of_the_joint_batch(tmp_path: Path) -> None
             torch.testing.assert_close(averaged[name], gradient / 2, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
+def end_groups(rank: int, world_size: int, folder: str) -> None:
+    """DDP is there for longer than its group, whose threads get the interpreter only where it is let go of."""
+    import torch.distributed.nn.functional  # as DDP does, and what it finds then it holds for good
+
+    sys.setswitchinterval(60)
+    for number in range(10):
+        os.environ["MASTER_PORT"] = str(29880 + number)
+        with process_group(rank, world_size, "cpu", 1) as process:
+            wrapped = DistributedDataParallel(torch.nn.Linear(3, 3))
+            process.gather(rank)
+        del wrapped
+    (Path(folder) / f"{rank} has ended").touch()
+
+
+def test_a_process_ends_that_lets_go_of_ddp_last(tmp_path: Path) -> None:
+    launch(end_groups, 2, 29880, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def average_some(rank: int, world_size: int, folder: str) -> None:
     distributed.BUCKET_BYTES = 40
     with process_group(rank, world_size, "cpu", 1) as process:

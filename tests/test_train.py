@@ -299,7 +299,6 @@ def test_gradients_are_exchanged_once_for_each_optimizer_step(corpus: Path, tmp_
         wrapped = DistributedDataParallel(trainer.model, find_unused_parameters=True)  # all of it is one bucket
         wrapped.register_comm_hook(None, lambda state, bucket: exchange(bucket))
         trainer.passes = wrapped
-        del wrapped  # as in training, the trainer alone holds it
         trainer.fit()
         trainer.close()
     finally:

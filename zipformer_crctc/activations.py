@@ -198,8 +198,8 @@ def tanh_gated(x: Tensor, gate: Tensor) -> Tensor:
 
 
 KEPT_BYTES = {"cpu": 1 << 22, "cuda": 1 << 20}
-"""Arrays up to this size are kept all the same: they need little memory, and computing them again a tenth more time. On
-a GPU passes of the published batch are recorded, and their launches cost little."""
+"""Arrays up to this size are kept all the same: they need little memory, and computing them again a tenth more time.
+Less of it on a GPU, where passes are recorded as a rule, and launches of a recording cost little."""
 
 
 @contextmanager
@@ -270,7 +270,7 @@ def projected_again(y: Tensor, layer: nn.Module, x: Tensor) -> AbstractContextMa
 
 
 def convolved_again(y: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[Any]:
-    """`computed_again` for y, the result of a depthwise convolution, in mixed precision; else y is kept, as above."""
+    """`computed_again` for y, the result of a depthwise convolution, in mixed precision, as with `projected_again`."""
     return nullcontext() if mixed_precision(y) is None else computed_again(y, compute)
 
 

@@ -35,6 +35,11 @@ BUCKET_BYTES = 1 << 26
 DEATH_GRACE = 30
 """Seconds after the end of a process that failed until the others on its machine are killed."""
 
+_groups: list[Any] = []
+"""All that this process was in, for good. DDP, which may be there for longer than its group, must not be the last to
+hold one: it would wait for the group's threads without letting go of the interpreter, for which one of them may be
+waiting to forget the last exchange."""
+
 
 class ProcessDied(RuntimeError):
     """One of the processes that train together failed; the text names it."""
@@ -238,6 +243,7 @@ def process_group(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+        _groups.append(dist.group.WORLD)
     try:
         yield Process(rank, world_size, place)
     finally:

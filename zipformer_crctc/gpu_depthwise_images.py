@@ -1,9 +1,9 @@
-"""Triton kernels of gpu_convolution.py for images.
+"""Triton kernels of gpu_convolution.py for images, which launches them.
 
-The rows of an image are frames, and there are more of them than columns. With so many taps there is no room for a run
-of inputs. So a warp goes down a column of outputs: with each row of inputs it adds to all sums that need it, of which
-one is then complete. The warps of a program have columns side by side, which need much the same inputs at about the
-same time, so that most come from the cache.
+N utterances, C channels, K taps; the rows of an image are frames, and there are more of them than columns. With so many
+taps there is no room in registers for the inputs of a run of outputs, as for sequences. So a warp goes down a column of
+outputs: with each row of inputs it adds to all sums that need it, of which one is then complete. The warps of a program
+have columns side by side, which need much the same inputs at about the same time, so that most come from the cache.
 """
 
 # Triton has tuples, but no unpacking of them.
@@ -129,8 +129,8 @@ def sum_products_of_images(
 ):
     """Programs by channels and parts, whose pieces are ranges of rows of a few columns of an utterance.
 
-    Sums as those of sequences, where each warp of a part has its own. Programs take pieces in turn, so that those that
-    run at a time are near each other.
+    Sums (parts, K, C) as those of `gpu_convolution._sum_products`, where each warp of a part has its own. Programs take
+    pieces in turn, so that those that run at a time are near each other.
     """
     program = tl.program_id(0)
     blocks, groups = tl.cdiv(channels, block), tl.cdiv(columns, warps)

@@ -208,9 +208,6 @@ class Trainer:
     def close(self) -> None:
         """Write what is left, and end the workers of the loaders."""
         gc.unfreeze()
-        # DDP must not be the last to hold the process group: it would wait for the group's threads without letting go
-        # of the interpreter, for which one of them may be waiting to forget the last exchange.
-        self.passes = self.model
         self.metrics.close()
         for loader in (self.state.train_loader, self.state.unsup_loader, self.state.valid_loader):
             if loader is not None:
