@@ -71,58 +71,20 @@ def depthwise(
         ranges = triton.cdiv(SHORTER_PROGRAMS, WARPS * blocks * groups * utterances)
         each = triton.cdiv(rows, min(ranges, triton.cdiv(rows, ROWS)))
         convolve_images[(blocks * groups * utterances * triton.cdiv(rows, each),)](
-            x,
-            weight,
-            bias,
-            y,
-            utterances,
-            channels,
-            rows,
-            columns,
-            padding,
-            each,
-            x_utterance,
-            x_row,
-            y_utterance,
-            y_row,
-            x_column,
-            y_column,
-            kernel_rows,
-            kernel_columns,
-            triton.next_power_of_2(kernel_rows * kernel_columns),
-            bool(reverse),
-            WARPS,
-            block,
-            num_warps=WARPS,
-            num_stages=1,
-        )
+            x, weight, bias, y, utterances, channels, rows, columns, padding, each,
+            x_utterance, x_row, y_utterance, y_row, x_column, y_column,
+            kernel_rows, kernel_columns, triton.next_power_of_2(kernel_rows * kernel_columns), bool(reverse),
+            WARPS, block, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
         return
     runs = triton.cdiv(columns_y, FRAMES)
     share = triton.cdiv(blocks * utterances * runs, SHORTER_PROGRAMS)
     ranges = triton.cdiv(runs, share)
     _convolve[(blocks * utterances * ranges,)](
-        x,
-        weight,
-        bias,
-        y,
-        utterances,
-        channels,
-        columns,
-        columns_y,
-        padding,
-        triton.cdiv(runs, ranges),
-        x_utterance,
-        x_column,
-        y_utterance,
-        y_column,
-        kernel_columns,
-        triton.next_power_of_2(kernel_columns),
-        bool(reverse),
-        FRAMES,
-        block,
-        num_warps=1,
-        num_stages=1,
-    )
+        x, weight, bias, y, utterances, channels, columns, columns_y, padding, triton.cdiv(runs, ranges),
+        x_utterance, x_column, y_utterance, y_column,
+        kernel_columns, triton.next_power_of_2(kernel_columns), bool(reverse), FRAMES, block, num_warps=1, num_stages=1,
+    )  # fmt: skip
 
 
 def depthwise_weight_gradient(
@@ -163,52 +125,16 @@ def depthwise_weight_gradient(
     if images:
         assert columns_y == columns
         sum_products_of_images[(blocks * programs,)](
-            x,
-            grad,
-            partial,
-            utterances,
-            channels,
-            rows,
-            columns,
-            padding,
-            programs,
-            ranges,
-            x_utterance,
-            x_row,
-            y_utterance,
-            y_row,
-            x_column,
-            y_column,
-            kernel_rows,
-            kernel_columns,
-            with_bias,
-            warps,
-            block,
-            num_warps=warps,
-            num_stages=1,
-        )
+            x, grad, partial, utterances, channels, rows, columns, padding, programs, ranges,
+            x_utterance, x_row, y_utterance, y_row, x_column, y_column,
+            kernel_rows, kernel_columns, with_bias, warps, block, num_warps=warps, num_stages=1,
+        )  # fmt: skip
     else:
         _sum_products[(blocks * programs,)](
-            x,
-            grad,
-            partial,
-            utterances,
-            channels,
-            columns,
-            columns_y,
-            padding,
-            each,
-            x_utterance,
-            x_column,
-            y_utterance,
-            y_column,
-            taps,
-            with_bias,
-            FRAMES,
-            block,
-            num_warps=1,
-            num_stages=1,
-        )
+            x, grad, partial, utterances, channels, columns, columns_y, padding, each,
+            x_utterance, x_column, y_utterance, y_column,
+            taps, with_bias, FRAMES, block, num_warps=1, num_stages=1,
+        )  # fmt: skip
     _sum_parts[((taps + with_bias) * triton.cdiv(channels, COLUMNS),)](
         partial, grad_weight, grad_bias, channels, parts, taps, with_bias, PARTS, COLUMNS
     )
