@@ -65,7 +65,7 @@ def end_groups(rank: int, world_size: int, folder: str) -> None:
 
     sys.setswitchinterval(60)
     for number in range(10):
-        os.environ["MASTER_PORT"] = str(29880 + number)
+        os.environ["MASTER_PORT"] = str(29890 + number)
         with process_group(rank, world_size, "cpu", 1) as process:
             wrapped = DistributedDataParallel(torch.nn.Linear(3, 3))
             process.gather(rank)
@@ -74,7 +74,7 @@ def end_groups(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_a_process_ends_that_lets_go_of_ddp_last(tmp_path: Path) -> None:
-    launch(end_groups, 2, 29880, str(tmp_path))
+    launch(end_groups, 2, 29890, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
 
 
