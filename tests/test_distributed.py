@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +77,19 @@ def end_groups(rank: int, world_size: int, folder: str) -> None:
 def test_a_process_ends_that_lets_go_of_ddp_last(tmp_path: Path) -> None:
     launch(end_groups, 2, 29890, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def end_amid_exchanges(rank: int, world_size: int) -> None:
+    """Each array is left to a thread of the group, which needs the interpreter to forget it."""
+    with process_group(rank, world_size, "cpu", 1) as process:
+        process.barrier()
+        for _ in range(20):
+            dist.all_reduce(torch.ones(1 << 20), async_op=True)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_process_ends_whose_threads_are_busy(number: int) -> None:
+    launch(end_amid_exchanges, 2, 29900 + number)
 
 
 def average_some(rank: int, world_size: int, folder: str) -> None:

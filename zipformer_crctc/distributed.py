@@ -6,6 +6,7 @@ environment variables RANK, LOCAL_RANK and WORLD_SIZE.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ DEATH_GRACE = 30
 _groups: list[Any] = []
 """All that this process was in, for good. DDP, which may be there for longer than its group, must not be the last to
 hold one: it would wait for the group's threads without letting go of the interpreter, for which one of them may be
-waiting to forget the last exchange."""
+waiting to forget the last exchange. See also `_end`."""
 
 
 class ProcessDied(RuntimeError):
@@ -132,7 +133,7 @@ def autocast_to(precision: str, device_type: str) -> torch.autocast:
 
 
 def launch(run: Callable[..., None], world_size: int, master_port: int, *args: Any) -> None:
-    """Call run(process rank, *args) in `world_size` processes; under torchrun, in this one.
+    """Call run(process rank, *args) in `world_size` processes; under torchrun, in this one, which it ends.
 
     SIGTERM and SIGUSR1 are passed on to the processes. Exits with REQUEUE if that ended them.
 
@@ -144,7 +145,7 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
         there = int(os.environ["WORLD_SIZE"])
         if world_size != there:
             raise ValueError(f"--world-size {world_size}, but torchrun started {there} processes: leave the flag out")
-        run(int(os.environ["RANK"]), there, *args)
+        _end(_status_of(run, int(os.environ["RANK"]), there, *args))
     elif world_size == 1:
         run(0, 1, *args)
     else:
@@ -179,10 +180,31 @@ def _call(rank: int, run: Callable[..., None], *args: Any) -> None:
     # spawn lets a process have SIGINT when its parent dies; in background jobs of a shell that would be ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        run(rank, *args)
+        status = _status_of(run, rank, *args)
     except Exception:
         sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+        status = 1
+    _end(status)
+
+
+def _status_of(run: Callable[..., None], *args: Any) -> int:
+    """Call run(*args); the status that it exits with, 0 if it returns."""
+    try:
+        run(*args)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
+
+
+def _end(status: int) -> NoReturn:
+    """End this process without the end of its interpreter, which kills the process where a thread wants it then.
+
+    Threads of process groups do, to forget the last exchange.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _watch(processes: Sequence[BaseProcess], asked_to_end: Sequence[int]) -> None:
