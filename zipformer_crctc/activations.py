@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc import lowprecision, native
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import grad_of_input, grads_of_parameters, linear, mixed_precision
 from zipformer_crctc.regularisers import at_least_float32
@@ -73,7 +74,7 @@ def _swoosh_gradient(
     return _swoosh(x, kind, mask) if with_y else None, slope.to(x.dtype)
 
 
-class _Swoosh(torch.autograd.Function):
+class _Swoosh(Function):
     """Keeps only its input for the backward pass."""
 
     @staticmethod
@@ -103,7 +104,7 @@ def swoosh_r(x: Tensor) -> Tensor:
     return _Swoosh.apply(x, SWOOSH_R)
 
 
-class _SwooshLinear(torch.autograd.Function):
+class _SwooshLinear(Function):
     """Keeps the input of Swoosh, whose result the backward pass computes again beside its gradient."""
 
     @staticmethod
@@ -156,7 +157,7 @@ def _gate_arguments(x: Tensor, gate: Tensor, padding: Tensor | None, kind: str) 
     return (frames * utterances, utterances, channels, x.stride(1), gate.stride(1), *places, kind == "tanh")
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     """x times a function of the gate, zero at padding; keeps no more than its inputs for the backward pass."""
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from zipformer_crctc import gpu, native
 from zipformer_crctc.activations import Dropout, computed_again, projected_again, tanh_gated
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.frontend import scale_initial_values
 from zipformer_crctc.products import Linear
 from zipformer_crctc.regularisers import Balancer, Whiten, penalise_large_values
@@ -82,7 +83,7 @@ class RelativePositions(nn.Module):
         return self.dropout(table[:, centre - needed + 1 : centre + frames])
 
 
-class _AlignOffsets(torch.autograd.Function):
+class _AlignOffsets(Function):
     """(..., T, 2T - 1) over offsets source - target to (..., T, T) over sources, as a view.
 
     Row t begins at column T - 1 - t, that is, each row begins 2T - 2 places after the one before.
@@ -151,7 +152,7 @@ class _Inputs:
         return [self.heads, utterances, frames, *per_head, *_steps(self.projected), *key_steps, forbidden_step]
 
 
-class _Weights(torch.autograd.Function):
+class _Weights(Function):
     """Attention weights by kernels: scores, masks and softmax of a few targets at a time, which stay in the cache."""
 
     @staticmethod
@@ -200,7 +201,7 @@ class _Weights(torch.autograd.Function):
         return grad_projected, None if key is None else grad_key, grad_pos_key, None, None, None, None, None
 
 
-class _Averages(torch.autograd.Function):
+class _Averages(Function):
     """Averages by kernels, which read and write sequences in place."""
 
     @staticmethod

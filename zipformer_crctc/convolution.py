@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zipformer_crctc import gpu, native
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.products import mixed_precision
 
 MAX_TAPS = 64
@@ -54,7 +55,7 @@ def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d) -> bool:
     return enough and native.suits(channels_last, conv.weight, conv.bias)
 
 
-class _Depthwise(torch.autograd.Function):
+class _Depthwise(Function):
     """Of a sequence with a weight (C, 1, K), or an image with a weight (C, 1, K, K'); keeps only these two."""
 
     @staticmethod

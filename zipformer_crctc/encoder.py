@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from zipformer_crctc import gpu, native
 from zipformer_crctc.attention import RelativePositions
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.layers import EncoderLayer, LayerSizes
 from zipformer_crctc.norms import Bypass, kept
 from zipformer_crctc.schedule import Schedule
@@ -51,7 +52,7 @@ class Downsample(nn.Module):
         return _WeightedSums.apply(x, self.bias)
 
 
-class _WeightedSums(torch.autograd.Function):
+class _WeightedSums(Function):
     """(G * F, N, C) and the logits (F,) of the weights of the frames of a group to (G, N, C)."""
 
     @staticmethod

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from zipformer_crctc.gpu_tiles import COMPILED, PROGRAMS, grid_of, places, tile_of
+from zipformer_crctc.gpu_tiles import COMPILED, PROGRAMS, ceil_div, grid_of, places, power_of_two, tile_of
 
 ELEMENTS = 1024
 
@@ -198,7 +198,7 @@ def _limited(x, grad, result, count, minimum, maximum, block: tl.constexpr):
 
 def limited(x: Tensor, grad: Tensor, result: Tensor, count: int, minimum: float, maximum: float) -> None:
     """The gradient, its sign flipped where it would push x further outside the limits."""
-    _limited[(triton.cdiv(count, ELEMENTS),)](x, grad, result, count, minimum, maximum, ELEMENTS)
+    _limited[(ceil_div(count, ELEMENTS),)](x, grad, result, count, minimum, maximum, ELEMENTS)
 
 
 @triton.jit(do_not_specialize=["rows", "each"])
@@ -217,10 +217,10 @@ def _column_sums(x, sums, rows, channels, stride, each, block_rows: tl.constexpr
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of x (R, C), in float32: (C,)."""
     rows, channels = x.shape
-    wide = min(128, triton.next_power_of_2(channels))
-    columns = triton.cdiv(channels, wide)
-    each = 32 * triton.cdiv(rows, 32 * max(1, PROGRAMS // columns))
-    parts = triton.cdiv(rows, each)
+    wide = min(128, power_of_two(channels))
+    columns = ceil_div(channels, wide)
+    each = 32 * ceil_div(rows, 32 * max(1, PROGRAMS // columns))
+    parts = ceil_div(rows, each)
     sums = torch.empty(parts, channels, dtype=torch.float32, device=x.device)
     _column_sums[(parts, columns)](x, sums, rows, channels, x.stride(0), each, ELEMENTS * 2 // wide, wide)
     return sums.sum(dim=0)

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import gpu
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
-from zipformer_crctc.gpu_tiles import PROGRAMS
+from zipformer_crctc.autograd import Function
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, power_of_two
 
 WARP_SOURCES = 256
 """Sources of a target that a warp holds."""
@@ -158,7 +159,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-class Weights(torch.autograd.Function):
+class Weights(Function):
     """Attention weights; its arguments are those of the function for CPUs in attention.py."""
 
     @staticmethod
@@ -185,12 +186,12 @@ class Weights(torch.autograd.Function):
         # (H, 2T - 1, c), so that neighbours among the sources read what is dense in memory.
         pos_key_rows = None if pos_key is None else pos_key.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
         each = _utterances_of_a_program(heads, utterances, frames)
-        ctx.grid = frames, triton.cdiv(utterances, each), heads
+        ctx.grid = frames, ceil_div(utterances, each), heads
         ctx.numbers = utterances, frames, each, 0 if forbidden is None else forbidden.stride(0)
         ctx.key = None if key is own_key else key.dtype
         ctx.sizes = sizes
-        channels, block = sizes[2] // heads, triton.next_power_of_2(frames)
-        ctx.blocks = {"channels": channels, "padded": triton.next_power_of_2(channels), "block": block}
+        channels, block = sizes[2] // heads, power_of_two(frames)
+        ctx.blocks = {"channels": channels, "padded": power_of_two(channels), "block": block}
         ctx.blocks["num_warps"] = max(1, block // WARP_SOURCES)
         with gpu.on_device_of(weights):
             _weights[ctx.grid](
@@ -254,18 +255,18 @@ def _gradient_of_pos_key(grad: Tensor, pos_query: Tensor) -> Tensor:
     heads, utterances, frames, _ = grad.shape
     channels = pos_query.shape[-1] // heads
     targets, block = DIAGONAL_TILE
-    columns = triton.cdiv(2 * frames - 1, block)
-    each = triton.cdiv(utterances, max(1, min(utterances, PROGRAMS // (columns * heads))))
-    parts = triton.cdiv(utterances, each)
+    columns = ceil_div(2 * frames - 1, block)
+    each = ceil_div(utterances, max(1, min(utterances, PROGRAMS // (columns * heads))))
+    parts = ceil_div(utterances, each)
     sums = torch.empty(parts, heads * channels, 2 * frames - 1, device=grad.device)
     _pos_key_gradient[(columns, heads, parts)](
         grad, pos_query, sums, utterances, frames, *pos_query.stride()[:2], each,
-        channels, triton.next_power_of_2(channels), targets, block,
+        channels, power_of_two(channels), targets, block,
     )  # fmt: skip
     return sums.sum(dim=0).t()
 
 
-class Averages(torch.autograd.Function):
+class Averages(Function):
     """Averages over sources by matrix products: weights (H, N, T, T) and values (T, N, E) to (T, N, E)."""
 
     @staticmethod

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_crctc.gpu_depthwise_images import convolve_images, sum_products_of_images
-from zipformer_crctc.gpu_tiles import MULTIPROCESSORS, taps_of
+from zipformer_crctc.gpu_tiles import MULTIPROCESSORS, ceil_div, power_of_two, taps_of
 
 FRAMES = 16
 """A run of frames: outputs that a program works on at a time. With more, registers would run out."""
@@ -64,26 +64,26 @@ def depthwise(
 ) -> None:
     """As in csrc/convolution.c. Sequences are images of one row, whose columns are frames. It needs no `by_tap`."""
     block = _channels_of(x)
-    blocks = triton.cdiv(channels, block)
+    blocks = ceil_div(channels, block)
     if rows * kernel_rows > 1:
         assert columns_y == columns
-        groups = triton.cdiv(columns, WARPS)
-        ranges = triton.cdiv(SHORTER_PROGRAMS, WARPS * blocks * groups * utterances)
-        each = triton.cdiv(rows, min(ranges, triton.cdiv(rows, ROWS)))
-        convolve_images[(blocks * groups * utterances * triton.cdiv(rows, each),)](
+        groups = ceil_div(columns, WARPS)
+        ranges = ceil_div(SHORTER_PROGRAMS, WARPS * blocks * groups * utterances)
+        each = ceil_div(rows, min(ranges, ceil_div(rows, ROWS)))
+        convolve_images[(blocks * groups * utterances * ceil_div(rows, each),)](
             x, weight, bias, y, utterances, channels, rows, columns, padding, each,
             x_utterance, x_row, y_utterance, y_row, x_column, y_column,
-            kernel_rows, kernel_columns, triton.next_power_of_2(kernel_rows * kernel_columns), bool(reverse),
+            kernel_rows, kernel_columns, power_of_two(kernel_rows * kernel_columns), bool(reverse),
             WARPS, block, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
         return
-    runs = triton.cdiv(columns_y, FRAMES)
-    share = triton.cdiv(blocks * utterances * runs, SHORTER_PROGRAMS)
-    ranges = triton.cdiv(runs, share)
+    runs = ceil_div(columns_y, FRAMES)
+    share = ceil_div(blocks * utterances * runs, SHORTER_PROGRAMS)
+    ranges = ceil_div(runs, share)
     _convolve[(blocks * utterances * ranges,)](
-        x, weight, bias, y, utterances, channels, columns, columns_y, padding, triton.cdiv(runs, ranges),
+        x, weight, bias, y, utterances, channels, columns, columns_y, padding, ceil_div(runs, ranges),
         x_utterance, x_column, y_utterance, y_column,
-        kernel_columns, triton.next_power_of_2(kernel_columns), bool(reverse), FRAMES, block, num_warps=1, num_stages=1,
+        kernel_columns, power_of_two(kernel_columns), bool(reverse), FRAMES, block, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -113,13 +113,13 @@ def depthwise_weight_gradient(
     Sums of parts are added up in order, so that results are the same each time.
     """
     block = _channels_of(x)
-    blocks, taps, with_bias = triton.cdiv(channels, block), kernel_rows * kernel_columns, grad_bias is not None
+    blocks, taps, with_bias = ceil_div(channels, block), kernel_rows * kernel_columns, grad_bias is not None
     images = rows * kernel_rows > 1
     warps = WARPS if images else 1
-    ranges = triton.cdiv(rows, ROWS_OF_GRADIENT)
-    pieces = utterances * (triton.cdiv(columns, warps) * ranges if images else triton.cdiv(columns_y, FRAMES))
-    each = triton.cdiv(pieces, max(1, PROGRAMS // (blocks * warps)))
-    programs = triton.cdiv(pieces, each)
+    ranges = ceil_div(rows, ROWS_OF_GRADIENT)
+    pieces = utterances * (ceil_div(columns, warps) * ranges if images else ceil_div(columns_y, FRAMES))
+    each = ceil_div(pieces, max(1, PROGRAMS // (blocks * warps)))
+    programs = ceil_div(pieces, each)
     parts = programs * warps  # each warp has sums of its own
     partial = torch.empty(parts, taps + with_bias, channels, dtype=torch.float32, device=x.device)
     if images:
@@ -135,7 +135,7 @@ def depthwise_weight_gradient(
             x_utterance, x_column, y_utterance, y_column,
             taps, with_bias, FRAMES, block, num_warps=1, num_stages=1,
         )  # fmt: skip
-    _sum_parts[((taps + with_bias) * triton.cdiv(channels, COLUMNS),)](
+    _sum_parts[((taps + with_bias) * ceil_div(channels, COLUMNS),)](
         partial, grad_weight, grad_bias, channels, parts, taps, with_bias, PARTS, COLUMNS
     )
 

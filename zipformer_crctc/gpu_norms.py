@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import PROGRAMS, grid_of, places, tile_of
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, places, power_of_two, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "scale_rows"])
@@ -49,7 +49,7 @@ def bias_norm(
 ) -> None:
     """y = x * gain / rms(x - bias), or what a bypass makes of it; factors (R,): what the rows are multiplied by."""
     block, rows_each = _rows_of_a_program(channels)
-    _bias_norm[(triton.cdiv(rows, rows_each),)](
+    _bias_norm[(ceil_div(rows, rows_each),)](
         x, bias, original, scale, y, factors, gain, rows, scale_rows, channels, block, rows_each
     )
 
@@ -117,10 +117,10 @@ def bias_norm_gradient(
     """Gradients of all inputs of `bias_norm`; grad_log is that of ln(gain)."""
     utterances = scale_rows  # 1: all rows share one
     each = rows // utterances
-    parts = max(1, min(each, triton.cdiv(PROGRAMS, utterances)))
+    parts = max(1, min(each, ceil_div(PROGRAMS, utterances)))
     sums = torch.empty(utterances, parts, channels + 1, dtype=torch.float32, device=x.device)
     scale_sums = None if scale is None else torch.empty(utterances, parts, channels, device=x.device)
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     _bias_norm_gradient[(parts, utterances)](
         x, bias, original, scale, factors, grad, gain, grad_x, grad_original, sums, scale_sums,
         utterances, channels, each, block,
@@ -134,7 +134,7 @@ def bias_norm_gradient(
 
 def _rows_of_a_program(channels: int) -> tuple[int, int]:
     """Channels that a program holds at once, all of them, and rows."""
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     return block, max(1, 2048 // block)
 
 
@@ -216,10 +216,10 @@ def bypass_gradient(
 ) -> None:
     """Gradients of all inputs of `bypass`."""
     low_frames = len(x)
-    block = min(512, triton.next_power_of_2(channels))
-    parts = max(1, min(low_frames, triton.cdiv(PROGRAMS, utterances)))
+    block = min(512, power_of_two(channels))
+    parts = max(1, min(low_frames, ceil_div(PROGRAMS, utterances)))
     sums = torch.empty(utterances, parts, channels, device=x.device)
-    _bypass_gradient[(parts, utterances, triton.cdiv(channels, block))](
+    _bypass_gradient[(parts, utterances, ceil_div(channels, block))](
         original, x, scale, grad, grad_original, grad_x, sums, frames, utterances, channels, scale_rows, low_frames,
         repeat, block,
     )  # fmt: skip

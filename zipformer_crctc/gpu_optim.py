@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_crctc.gpu_tiles import ceil_div
 from zipformer_crctc.paramstacks import Kernels, Settings, Stack, int64
 
 CHUNK = 2048
@@ -262,6 +263,6 @@ class GpuKernels(Kernels):
         of_all = s.factor, s.beta1, s.beta2, 1 - s.beta2, s.eps
         of_chunks = tables.params, tables.chunks, tables.addresses, tables.plan, count
         with torch.cuda.device_of(self.values[0]):
-            grid = (triton.cdiv(count, PARAMS_AT_ONCE),)
+            grid = (ceil_div(count, PARAMS_AT_ONCE),)
             _plan[grid](tables.params, tables.totals, tables.plan, count, slot, period, *numbers, PARAMS_AT_ONCE)
             _apply[(len(tables.chunks),)](*of_chunks, *of_all, CHUNK, num_warps=CHUNK_WARPS)

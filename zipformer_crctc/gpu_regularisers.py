@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import PROGRAMS, grid_of, places
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, places, power_of_two
 from zipformer_crctc.products import product
 
 TILE = 2048
@@ -27,17 +27,17 @@ MIN_CHUNK = 1024
 
 def _tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a tile, powers of two: many rows, as each column's sums or factors cost something."""
-    wide = min(64, max(8, triton.next_power_of_2(columns)))
+    wide = min(64, max(8, power_of_two(columns)))
     return TILE // wide, wide
 
 
 def _shares(rows: int, columns: int, others: int = 1) -> tuple[tuple[int, int, int], int, tuple[int, int]]:
     """How programs share out `others` arrays of rows and columns: their grid, the rows of each, and its tile."""
     tall, wide = _tile(columns)
-    blocks = triton.cdiv(columns, wide)
+    blocks = ceil_div(columns, wide)
     parts = max(1, PROGRAMS // (blocks * others))
-    each = tall * max(1, triton.cdiv(rows, parts * tall))
-    return (triton.cdiv(rows, each), blocks, others), each, (tall, wide)
+    each = tall * max(1, ceil_div(rows, parts * tall))
+    return (ceil_div(rows, each), blocks, others), each, (tall, wide)
 
 
 @triton.jit(do_not_specialize=["rows", "each"])
@@ -100,7 +100,7 @@ def moments(x: Tensor, mean: Tensor, variance: Tensor, rows: int, channels: int,
     (parts, blocks, _), each, tile = _shares(rows, channels)
     means, squares = torch.empty(2, parts, channels, dtype=torch.float32, device=x.device)
     _part_moments[(parts, blocks)](x, means, squares, rows, channels, stride, each, *tile)
-    _merged_moments[(triton.cdiv(channels, 16),)](
+    _merged_moments[(ceil_div(channels, 16),)](
         means, squares, mean, variance, rows, channels, each, parts, TILE // 16, 16
     )
 
@@ -288,22 +288,20 @@ def whiten(
     """
     (rows, channels), size = x.shape, x.shape[1] // groups
     # A covariance is a small product of long arrays, so parts of them are multiplied side by side.
-    chunks = max(1, min(PRODUCTS // (groups * triton.cdiv(size, 128) ** 2), rows // MIN_CHUNK))
-    chunk = 32 * triton.cdiv(rows, 32 * chunks)
+    chunks = max(1, min(PRODUCTS // (groups * ceil_div(size, 128) ** 2), rows // MIN_CHUNK))
+    chunk = 32 * ceil_div(rows, 32 * chunks)
     padded = chunks * chunk
     shares, each, tile = _shares(rows, size, groups)
 
     mean, variance = x.new_empty(2, channels, dtype=torch.float32)
     moments(x, mean, variance, rows, channels, x.stride(0))
     centred = x.new_empty(groups, padded, size, dtype=dtype)
-    _centred[(triton.cdiv(padded, tile[0]), shares[1], groups)](
-        x, mean, centred, rows, padded, size, x.stride(0), *tile
-    )
+    _centred[(ceil_div(padded, tile[0]), shares[1], groups)](x, mean, centred, rows, padded, size, x.stride(0), *tile)
     parts = centred.view(groups * chunks, chunk, size)
     products = product(parts.transpose(1, 2), parts, torch.float32)  # (G * chunks, S, S)
 
     covariance = x.new_empty(groups, size, size, dtype=torch.float32)
-    grid = triton.cdiv(size * size, BLOCK), groups
+    grid = ceil_div(size * size, BLOCK), groups
     count = grid[0] * grid[1]
     sums = x.new_empty(2 * count, dtype=torch.float32)
     _covariance[grid](products, covariance, sums, rows, chunks, size, BLOCK)

@@ -19,15 +19,25 @@ TILE = 2048
 MAX_TILE_CHANNELS = 512
 
 
+def ceil_div(size: int, part: int) -> int:
+    """How many parts it takes. Triton's own function, and that for powers of two, costs as much as a small kernel."""
+    return -(-size // part)
+
+
+def power_of_two(size: int) -> int:
+    """The least that is not smaller than size, which is at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def tile_of(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile, powers of two."""
-    wide = min(MAX_TILE_CHANNELS, triton.next_power_of_2(channels))
+    wide = min(MAX_TILE_CHANNELS, power_of_two(channels))
     return TILE // wide, wide
 
 
 def grid_of(rows: int, channels: int, tile: tuple[int, int]) -> tuple[int, int]:
     """Programs over (R, C)."""
-    return triton.cdiv(rows, tile[0]), triton.cdiv(channels, tile[1])
+    return ceil_div(rows, tile[0]), ceil_div(channels, tile[1])
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zipformer_crctc import gpu, lowprecision, native
 from zipformer_crctc.activations import kernel_sizes
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import mixed_precision
 from zipformer_crctc.regularisers import at_least_float32, limit_parameter
@@ -26,7 +27,7 @@ _bypass_kernel = Kernel("bypass", "ppppiiiii")
 _bypass_gradient_kernel = Kernel("bypass_gradient", "pppppppiiiii")
 
 
-class _BiasNormFunction(torch.autograd.Function):
+class _BiasNormFunction(Function):
     """Normalised x (..., C), or what a bypass makes of it; keeps its inputs and one number for each row."""
 
     @staticmethod
@@ -130,7 +131,7 @@ class BiasNorm(ScheduledModule):
         return _BiasNormFunction.apply(channels_last, self.bias, log_scale, None, None).transpose(self.channel_dim, -1)
 
 
-class _BypassFunction(torch.autograd.Function):
+class _BypassFunction(Function):
     """Keeps its inputs only; each frame of x serves `repeat` frames of the original."""
 
     @staticmethod
@@ -166,7 +167,7 @@ class _BypassFunction(torch.autograd.Function):
         return grad_original, through.to(ctx.dtypes[1]), grad_scale, None
 
 
-class _Added(torch.autograd.Function):
+class _Added(Function):
     """A residual addition and, under autocast, the 16-bit copy of its result, from which the next module begins."""
 
     @staticmethod

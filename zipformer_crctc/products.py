@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zipformer_crctc import gpu, lowprecision, native
+from zipformer_crctc.autograd import Function
 
 MAX_GRID_ROWS = 8192
 """With more rows it costs more to append some than to prepare a product for their number."""
@@ -64,9 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _suits_onednn(x, weight, weight.shape[0]):
         return _OnednnLinear.apply(x, weight, bias)
     if (dtype := mixed_precision(x)) is not None:
-        if torch.is_grad_enabled():
-            return _MixedLinear.apply(x, weight, bias, dtype)
-        return _linear_in(lowprecision.cast(x, dtype), weight, bias)
+        return _MixedLinear.apply(x, weight, bias, dtype)
     return F.linear(x, weight, bias)
 
 
@@ -78,7 +77,7 @@ def mixed_precision(x: Tensor) -> torch.dtype | None:
     return None if exported else torch.get_autocast_dtype(x.device.type)
 
 
-class _MixedLinear(torch.autograd.Function):
+class _MixedLinear(Function):
     """A linear layer under autocast with few operations besides its products: a GPU waits for launches."""
 
     @staticmethod
@@ -125,7 +124,7 @@ def _suits_onednn(x: Tensor, other: Tensor, size: int) -> bool:
     )
 
 
-class _OnednnLinear(torch.autograd.Function):
+class _OnednnLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)

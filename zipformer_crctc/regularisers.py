@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zipformer_crctc import gpu, native
+from zipformer_crctc.autograd import Function
 from zipformer_crctc.native import Kernel
 from zipformer_crctc.products import linear, mixed_precision, over_rows
 from zipformer_crctc.schedule import Schedule, ScheduledModule
@@ -112,7 +113,7 @@ class Parts:
         self.moments: list[_Moments] = []
 
 
-class _BalancerFunction(torch.autograd.Function):
+class _BalancerFunction(Function):
     """Adds to the gradient g the term |g| * G, G pushing each channel's statistics into their limits.
 
     With mean m, second moment e2 and s = std, r = rms of a channel, the loss whose gradient is G is
@@ -268,7 +269,7 @@ def _whitening(x: Tensor, num_groups: int) -> tuple[Tensor, Callable[[], Tensor]
     return metric, slope
 
 
-class _WhitenFunction(torch.autograd.Function):
+class _WhitenFunction(Function):
     """Adds to the gradient a multiple of the metric's gradient where the metric is above the limit."""
 
     @staticmethod
@@ -385,7 +386,7 @@ class Whiten(ScheduledModule):
         return _WhitenFunction.apply(x, self)
 
 
-class _LimitFunction(torch.autograd.Function):
+class _LimitFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, minimum: float, maximum: float) -> Tensor:
         ctx.save_for_backward(x)
@@ -413,7 +414,7 @@ def limit_parameter(x: Tensor, minimum: float, maximum: float, prob: float = 0.6
     return _LimitFunction.apply(x, minimum, maximum) if random.random() < prob else x
 
 
-class _PenaltyFunction(torch.autograd.Function):
+class _PenaltyFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float, penalty: float) -> Tensor:
         over = (x > limit).to(torch.int8) - (x < -limit).to(torch.int8)
@@ -432,7 +433,7 @@ def penalise_large_values(x: Tensor, limit: float, penalty: float) -> Tensor:
     return _PenaltyFunction.apply(x, limit, penalty)
 
 
-class _ScaleGradFunction(torch.autograd.Function):
+class _ScaleGradFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
         ctx.alpha = alpha
