@@ -257,7 +257,6 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
         workers[peer.NAME] = Worker(make, case, peer.NAME)
     else:
         print(f"{case.name}: no peer: {peer.NAME} {absent}", flush=True)
-    operations = workers[OURS].ask("operations")
     times: dict[str, list[float]] = {who: [] for who in workers}
     for number in range(warmup + steps):
         for who, worker in workers.items():
@@ -266,6 +265,7 @@ def measure(make: Maker, case: Case, steps: int, warmup: int, profile: bool, uni
                 times[who].append(seconds)
     memory = {who: worker.ask("memory") for who, worker in workers.items()}
     besides = {who: worker.ask("besides") for who, worker in workers.items()}
+    operations = workers[OURS].ask("operations")  # after the memory: they are counted without kernels
     if profile:
         for who, worker in workers.items():
             _print_parts(case, who, worker.ask("profile"))

@@ -21,6 +21,7 @@ PROGRAMS = {
 MODEL = [
     "schedule",
     "usercache",
+    "autograd",
     "gpu",
     "native",
     "lowprecision",

@@ -369,39 +369,30 @@ class Trainer:
     def _optimizer_step(self) -> bool:
         """Update the parameters, unless a loss or a gradient is not finite.
 
-        The decision is the same on all ranks, and so is what is returned: whether any was asked to end. One exchange
-        of some numbers and one transfer from the device tell both, and whether the ranks read the same data.
+        The decision is the same on all ranks, and so is what is returned: whether any was asked to end.
         """
         used = [float(p.grad is not None) for p in self.parameters] if self.average_late else []
         if self.average_late:
             self.process.average_(all_gradients(self.parameters))
         self.state.scaler.unscale_(self.state.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         own_losses = torch.stack([loss for _, loss in self.window])
         own_is_bad = own_losses.isfinite().logical_not().any().float()
-        own_fingerprint = sum(batch.fingerprint for batch, _ in self.window) % FINGERPRINTS
-        others = own_is_bad.new_tensor([float(self.preemption.asked), own_fingerprint, *used])
-        told = self.process.sum(torch.cat([own_is_bad[None], others]))
-        bad_ranks, asked_to_end, fingerprints, *used, host_norm = torch.cat([told, norm[None]]).tolist()
-        if fingerprints != own_fingerprint * self.process.world_size:
-            raise TrainingStopped(
-                f"batch {self.progress.batch_idx_train}: the ranks do not read the same utterances: compare the copies "
-                "of the shards on all machines, file by file"
-            )
-        if not bad_ranks and not math.isfinite(host_norm) and self._can_scale_down():
+        bad_ranks, asked_to_end, norm, *using_ranks = self._exchange(own_is_bad, gradients, used)
+        is_finite = not bad_ranks and math.isfinite(norm)
+        if not bad_ranks and not is_finite and self._can_scale_down():
             logger.info(
                 "batch %d: a loss scale of %g is too large",
                 self.progress.batch_idx_train,
                 self.state.scaler.get_scale(),
             )
-        elif bad_ranks or not math.isfinite(host_norm):
+        elif not is_finite:
             # Where all losses are finite, any rank may be the cause.
             self._skip_step(bool(own_is_bad) or not bad_ranks)
         else:
-            if 0.0 < self.config.clip_norm < host_norm:
-                torch._foreach_mul_(gradients, self.config.clip_norm / host_norm)
-            for p, ranks in zip(self.parameters, used, strict=False):
+            if 0.0 < self.config.clip_norm < norm:
+                torch._foreach_mul_(gradients, self.config.clip_norm / norm)
+            for p, ranks in zip(self.parameters, using_ranks, strict=False):
                 if ranks == 0.0:
                     p.grad = None  # as with DDP
             self.state.scaler.step(self.state.optimizer)
@@ -410,6 +401,24 @@ class Trainer:
         self.state.scaler.update()
         self.state.optimizer.zero_grad()
         return asked_to_end > 0
+
+    def _exchange(self, own_is_bad: Tensor, gradients: list[Tensor], used: list[float]) -> list[float]:
+        """One exchange between the ranks, and one transfer from the device, of some numbers.
+
+        Returns how many ranks have a loss that is not finite and how many are asked to end, the norm of the gradients,
+        and how many ranks used each parameter. Tells too whether the ranks read the same data.
+        """
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        own_fingerprint = sum(batch.fingerprint for batch, _ in self.window) % FINGERPRINTS
+        others = own_is_bad.new_tensor([float(self.preemption.asked), own_fingerprint, *used])
+        told = self.process.sum(torch.cat([own_is_bad[None], others]))
+        bad_ranks, asked_to_end, fingerprints, *using_ranks, host_norm = torch.cat([told, norm[None]]).tolist()
+        if fingerprints != own_fingerprint * self.process.world_size:
+            raise TrainingStopped(
+                f"batch {self.progress.batch_idx_train}: the ranks do not read the same utterances: compare the copies "
+                "of the shards on all machines, file by file"
+            )
+        return [bad_ranks, asked_to_end, host_norm, *using_ranks]
 
     def _can_scale_down(self) -> bool:
         """Whether infinite gradients of float16 may be due to the loss scale, which is then lowered."""
