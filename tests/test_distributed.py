@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -25,6 +26,7 @@ from zipformer_crctc.objective import Objective, TargetEncoder
 from zipformer_crctc.preemption import REQUEUE
 from zipformer_crctc.tokenizer import PhoneTokenizer
 
+TESTS = Path(__file__).resolve().parent
 TEXTS = ("abc", "deaf", "kid", "lomba")
 FRAMES = (120, 120, 120, 120)
 
@@ -79,17 +81,41 @@ def test_a_process_ends_that_lets_go_of_ddp_last(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def end_amid_exchanges(rank: int, world_size: int) -> None:
+def end_amid_exchanges(rank: int, world_size: int, ending: str) -> None:
     """Each array is left to a thread of the group, which needs the interpreter to forget it."""
     with process_group(rank, world_size, "cpu", 1) as process:
         process.barrier()
         for _ in range(20):
             dist.all_reduce(torch.ones(1 << 20), async_op=True)
+        if ending == "failure":
+            raise RuntimeError("as wanted")
+    if ending == "exit":
+        sys.exit(REQUEUE)
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_process_ends_whose_threads_are_busy(number: int) -> None:
-    launch(end_amid_exchanges, 2, 29900 + number)
+    launch(end_amid_exchanges, 2, 29900 + number, "return")
+
+
+@pytest.mark.parametrize("number, ending, status", [(0, "return", 0), (1, "exit", REQUEUE), (2, "failure", 1)])
+def test_statuses_of_processes_that_torchrun_started(number: int, ending: str, status: int) -> None:
+    """Also without a standard output."""
+    code = f"from test_distributed import *; launch(end_amid_exchanges, 2, 0, {ending!r})"
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(29903 + number)}
+    paths = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
+    ranks = [
+        subprocess.Popen(
+            ["sh", "-c", f'exec "$0" -c "$1" {">&-" if rank else ""}', sys.executable, code],
+            env={**os.environ, **meeting, "RANK": str(rank), "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [status, status], errors
+    assert all(("RuntimeError: as wanted" in error) == (ending == "failure") for error in errors)
 
 
 def average_some(rank: int, world_size: int, folder: str) -> None:

@@ -39,7 +39,7 @@ DEATH_GRACE = 30
 _groups: list[Any] = []
 """All that this process was in, for good. DDP, which may be there for longer than its group, must not be the last to
 hold one: it would wait for the group's threads without letting go of the interpreter, for which one of them may be
-waiting to forget the last exchange. See also `_end`."""
+waiting to forget the last exchange. See also `_run_and_end`."""
 
 
 class ProcessDied(RuntimeError):
@@ -139,13 +139,13 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
 
     Raises:
         ValueError: torchrun and --world-size disagree.
-        ProcessDied: one of several processes failed.
+        ProcessDied: one of several processes failed; under torchrun that process ends with status 1.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         there = int(os.environ["WORLD_SIZE"])
         if world_size != there:
             raise ValueError(f"--world-size {world_size}, but torchrun started {there} processes: leave the flag out")
-        _end(_status_of(run, int(os.environ["RANK"]), there, *args))
+        _run_and_end(run, int(os.environ["RANK"]), there, *args)
     elif world_size == 1:
         run(0, 1, *args)
     else:
@@ -175,35 +175,31 @@ def launch(run: Callable[..., None], world_size: int, master_port: int, *args: A
                 signal.signal(number, handler)
 
 
-def _call(rank: int, run: Callable[..., None], *args: Any) -> None:
-    """In the new process: tell what went wrong here, where it is known best."""
+def _call(rank: int, run: Callable[..., None], *args: Any) -> NoReturn:
+    """What a new process does."""
     # spawn lets a process have SIGINT when its parent dies; in background jobs of a shell that would be ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        status = _status_of(run, rank, *args)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    _end(status)
+    _run_and_end(run, rank, *args)
 
 
-def _status_of(run: Callable[..., None], *args: Any) -> int:
-    """Call run(*args); the status that it exits with, 0 if it returns."""
+def _run_and_end(run: Callable[..., None], *args: Any) -> NoReturn:
+    """Call run(*args), tell what went wrong here, where it is known best, and end this process.
+
+    It ends by `os._exit`: threads of process groups may need the interpreter to forget the last exchange, and one that
+    asks for it while the interpreter ends kills the process.
+    """
+    status = 0
     try:
         run(*args)
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    return 0
-
-
-def _end(status: int) -> NoReturn:
-    """End this process without the end of its interpreter, which kills the process where a thread wants it then.
-
-    Threads of process groups do, to forget the last exchange.
-    """
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(AttributeError, ValueError, OSError):  # there is none, or none that still takes anything
+            stream.flush()
     os._exit(status)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from zipformer_crctc.gpu_tiles import COMPILED, PROGRAMS, ceil_div, grid_of, places, power_of_two, tile_of
+from zipformer_crctc.gpu_tiles import COMPILED, PROGRAMS, ceil_div, grid_of, next_power_of_two, places, tile_of
 
 ELEMENTS = 1024
 
@@ -217,7 +217,7 @@ def _column_sums(x, sums, rows, channels, stride, each, block_rows: tl.constexpr
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of x (R, C), in float32: (C,)."""
     rows, channels = x.shape
-    wide = min(128, power_of_two(channels))
+    wide = min(128, next_power_of_two(channels))
     columns = ceil_div(channels, wide)
     each = 32 * ceil_div(rows, 32 * max(1, PROGRAMS // columns))
     parts = ceil_div(rows, each)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from zipformer_crctc import gpu
 from zipformer_crctc.attention_shared import MASKED_SCORE, SCORE_LIMIT, SCORE_PENALTY, Products, Use, by_head
 from zipformer_crctc.autograd import Function
-from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, power_of_two
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, next_power_of_two
 
 WARP_SOURCES = 256
 """Sources of a target that a warp holds."""
@@ -190,8 +190,8 @@ class Weights(Function):
         ctx.numbers = utterances, frames, each, 0 if forbidden is None else forbidden.stride(0)
         ctx.key = None if key is own_key else key.dtype
         ctx.sizes = sizes
-        channels, block = sizes[2] // heads, power_of_two(frames)
-        ctx.blocks = {"channels": channels, "padded": power_of_two(channels), "block": block}
+        channels, block = sizes[2] // heads, next_power_of_two(frames)
+        ctx.blocks = {"channels": channels, "padded": next_power_of_two(channels), "block": block}
         ctx.blocks["num_warps"] = max(1, block // WARP_SOURCES)
         with gpu.on_device_of(weights):
             _weights[ctx.grid](
@@ -261,7 +261,7 @@ def _gradient_of_pos_key(grad: Tensor, pos_query: Tensor) -> Tensor:
     sums = torch.empty(parts, heads * channels, 2 * frames - 1, device=grad.device)
     _pos_key_gradient[(columns, heads, parts)](
         grad, pos_query, sums, utterances, frames, *pos_query.stride()[:2], each,
-        channels, power_of_two(channels), targets, block,
+        channels, next_power_of_two(channels), targets, block,
     )  # fmt: skip
     return sums.sum(dim=0).t()
 

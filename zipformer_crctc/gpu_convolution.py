@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_crctc.gpu_depthwise_images import convolve_images, sum_products_of_images
-from zipformer_crctc.gpu_tiles import MULTIPROCESSORS, ceil_div, power_of_two, taps_of
+from zipformer_crctc.gpu_tiles import MULTIPROCESSORS, ceil_div, next_power_of_two, taps_of
 
 FRAMES = 16
 """A run of frames: outputs that a program works on at a time. With more, registers would run out."""
@@ -73,7 +73,7 @@ def depthwise(
         convolve_images[(blocks * groups * utterances * ceil_div(rows, each),)](
             x, weight, bias, y, utterances, channels, rows, columns, padding, each,
             x_utterance, x_row, y_utterance, y_row, x_column, y_column,
-            kernel_rows, kernel_columns, power_of_two(kernel_rows * kernel_columns), bool(reverse),
+            kernel_rows, kernel_columns, next_power_of_two(kernel_rows * kernel_columns), bool(reverse),
             WARPS, block, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
         return
@@ -83,7 +83,7 @@ def depthwise(
     _convolve[(blocks * utterances * ranges,)](
         x, weight, bias, y, utterances, channels, columns, columns_y, padding, ceil_div(runs, ranges),
         x_utterance, x_column, y_utterance, y_column,
-        kernel_columns, power_of_two(kernel_columns), bool(reverse), FRAMES, block, num_warps=1, num_stages=1,
+        kernel_columns, next_power_of_two(kernel_columns), bool(reverse), FRAMES, block, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zipformer_crctc import gpu, lowprecision
 from zipformer_crctc.gpu_activations import swooshed
-from zipformer_crctc.gpu_tiles import COMPILED, ceil_div, power_of_two
+from zipformer_crctc.gpu_tiles import COMPILED, ceil_div, next_power_of_two
 
 BLOCK, STEP = 128, 32
 """Places of the result that a program computes, and terms of their sums that it takes at a time."""
@@ -66,7 +66,7 @@ def convolved(x: Tensor, conv: nn.Conv2d, kind: tuple[float, float], dtype: torc
         _convolve[(ceil_div(places, BLOCK),)](
             x.contiguous(), weight, conv.bias, y, places, frames, frames_y, *kind,
             bins, bins_y, channels, conv.out_channels, size, frame_step, bin_step, padding,
-            BLOCK, min(STEP, power_of_two(terms)), max(MIN_SIZE, power_of_two(conv.out_channels)),
+            BLOCK, min(STEP, next_power_of_two(terms)), max(MIN_SIZE, next_power_of_two(conv.out_channels)),
             num_warps=8,
         )  # fmt: skip
     return y

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, places, power_of_two, tile_of
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, next_power_of_two, places, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "scale_rows"])
@@ -120,7 +120,7 @@ def bias_norm_gradient(
     parts = max(1, min(each, ceil_div(PROGRAMS, utterances)))
     sums = torch.empty(utterances, parts, channels + 1, dtype=torch.float32, device=x.device)
     scale_sums = None if scale is None else torch.empty(utterances, parts, channels, device=x.device)
-    block = power_of_two(channels)
+    block = next_power_of_two(channels)
     _bias_norm_gradient[(parts, utterances)](
         x, bias, original, scale, factors, grad, gain, grad_x, grad_original, sums, scale_sums,
         utterances, channels, each, block,
@@ -134,7 +134,7 @@ def bias_norm_gradient(
 
 def _rows_of_a_program(channels: int) -> tuple[int, int]:
     """Channels that a program holds at once, all of them, and rows."""
-    block = power_of_two(channels)
+    block = next_power_of_two(channels)
     return block, max(1, 2048 // block)
 
 
@@ -216,7 +216,7 @@ def bypass_gradient(
 ) -> None:
     """Gradients of all inputs of `bypass`."""
     low_frames = len(x)
-    block = min(512, power_of_two(channels))
+    block = min(512, next_power_of_two(channels))
     parts = max(1, min(low_frames, ceil_div(PROGRAMS, utterances)))
     sums = torch.empty(utterances, parts, channels, device=x.device)
     _bypass_gradient[(parts, utterances, ceil_div(channels, block))](

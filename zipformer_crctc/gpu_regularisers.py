@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, places, power_of_two
+from zipformer_crctc.gpu_tiles import PROGRAMS, ceil_div, grid_of, next_power_of_two, places
 from zipformer_crctc.products import product
 
 TILE = 2048
@@ -27,7 +27,7 @@ MIN_CHUNK = 1024
 
 def _tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a tile, powers of two: many rows, as each column's sums or factors cost something."""
-    wide = min(64, max(8, power_of_two(columns)))
+    wide = min(64, max(8, next_power_of_two(columns)))
     return TILE // wide, wide
 
 

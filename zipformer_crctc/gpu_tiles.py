@@ -24,14 +24,14 @@ def ceil_div(size: int, part: int) -> int:
     return -(-size // part)
 
 
-def power_of_two(size: int) -> int:
+def next_power_of_two(size: int) -> int:
     """The least that is not smaller than size, which is at least 1."""
     return 1 << (size - 1).bit_length()
 
 
 def tile_of(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile, powers of two."""
-    wide = min(MAX_TILE_CHANNELS, power_of_two(channels))
+    wide = min(MAX_TILE_CHANNELS, next_power_of_two(channels))
     return TILE // wide, wide
 
 

@@ -406,7 +406,10 @@ class Trainer:
         """One exchange between the ranks, and one transfer from the device, of some numbers.
 
         Returns how many ranks have a loss that is not finite and how many are asked to end, the norm of the gradients,
-        and how many ranks used each parameter. Tells too whether the ranks read the same data.
+        and how many ranks used each parameter.
+
+        Raises:
+            TrainingStopped: the ranks do not read the same data.
         """
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         own_fingerprint = sum(batch.fingerprint for batch, _ in self.window) % FINGERPRINTS
