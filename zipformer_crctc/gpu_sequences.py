@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_crctc import gpu
-from zipformer_crctc.gpu_tiles import grid_of, places, tile_of
+from zipformer_crctc.gpu_tiles import ceil_div, grid_of, places, tile_of
 
 
 @triton.jit(do_not_specialize=["rows", "utterances"])
@@ -61,7 +61,7 @@ def weighted_sums(x: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
     """
     frames, utterances, channels = x.shape
     factor = len(weights)
-    y = x.new_empty(-(-frames // factor), utterances, channels, dtype=torch.promote_types(x.dtype, weights.dtype))
+    y = x.new_empty(ceil_div(frames, factor), utterances, channels, dtype=torch.promote_types(x.dtype, weights.dtype))
     rows, tile = y.numel() // channels, tile_of(channels)
     with gpu.on_device_of(x):
         _weighted_sums[grid_of(rows, channels, tile)](x, weights, lengths, y, rows, utterances, channels, factor, *tile)
